@@ -1,0 +1,70 @@
+"""Metrics on sets of points `[S, D]`, one row a sample.
+
+    sliced Wasserstein   SW₂² = E_θ W₂²(θ·x, θ·y), θ uniform on the sphere, by sorting projections
+    energy distance      D² = 2 E‖x - y‖ - E‖x - x'‖ - E‖y - y'‖                    (Székely & Rizzo 2013)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OFF_MODE_DEVIATIONS = 4.0
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, generator: torch.Generator | None = None) -> float:
+    """SW₂ between two point sets of the same size, `[S, D]` each; 0 if they are equal.
+
+    Raises `ValueError` for sets that differ in shape.
+    """
+    if x.shape != y.shape or x.ndim != 2:
+        raise ValueError(f"two point sets must both be [S, D], got {tuple(x.shape)} and {tuple(y.shape)}")
+    directions = torch.randn(x.shape[1], projections, generator=generator, dtype=x.dtype, device=x.device)
+    directions = directions / directions.norm(dim=0)
+    gap = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
+    return float(gap.square().mean().sqrt())
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """D between `[S, D]` and `[R, D]` without the diagonal terms of either set; 0 where these give D² <= 0.
+
+    Raises `ValueError` for different D or fewer than two points.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"two point sets must be [S, D] and [R, D], got {tuple(x.shape)} and {tuple(y.shape)}")
+    within = [float(torch.pdist(z).mean(dtype=torch.float64)) for z in (x, y)]
+    between = float(torch.cdist(x, y).mean(dtype=torch.float64))
+    return max(2 * between - sum(within), 0.0) ** 0.5
+
+
+def endpoint_rmse(x: Tensor, reference: Tensor) -> float:
+    """Root mean square over all elements of two sets of end points from the same noises."""
+    if x.shape != reference.shape:
+        raise ValueError(f"end points must have one shape, got {tuple(x.shape)} and {tuple(reference.shape)}")
+    return float((x - reference).square().mean(dtype=torch.float64).sqrt())
+
+
+@dataclass(frozen=True)
+class ModeReport:
+    """nearest: `[S]`, the mode each sample is nearest to.  off_mode: share of the samples further than
+    4 standard deviations from every mode.  covered: modes with at least one sample that is not."""
+
+    nearest: Tensor
+    off_mode: float
+    covered: int
+
+
+def mode_report(x: Tensor, modes: Tensor, std: float) -> ModeReport:
+    """Where samples `[S, D]` fall among `modes` `[K, D]` of standard deviation `std` > 0."""
+    if std <= 0:
+        raise ValueError(f"std must be positive, got {std}")
+    distance, nearest = torch.cdist(x, modes).min(dim=1)
+    on = distance <= OFF_MODE_DEVIATIONS * std
+    return ModeReport(nearest, float((~on).double().mean()), len(nearest[on].unique()))
+
+
+def same_mode_rate(nearest: Tensor, reference: Tensor) -> float:
+    """Share of the samples whose nearest mode is that of the reference's sample from the same noise."""
+    return float((nearest == reference).double().mean())

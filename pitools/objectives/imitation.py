@@ -1,0 +1,95 @@
+"""π-ID: match the policy's velocity to the teacher's at the states that the policy itself visits.
+
+    L = E_t ½ ‖ G(x_t, t) - π(x_t, t) ‖²,    x_t = x_src + ∫_{t_src}^{t} π_D(x_s, s) ds    (Algorithms 1 and 3)
+
+over one segment [t_dst, t_src], with raw time τ ~ U(τ_dst, τ_src) and π_D the policy without a graph,
+with GM dropout where it is asked for. The norm is the mean over the elements of a latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pitools.path import as_time, shift_time, unshift_time
+from pitools.rollout import visit
+from pitools.solvers import Solver
+from pitools.types import Conditions, Dropped, Factorisation, Policy, Time, VelocityField
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """loss: `[B]`, with the student's graph.  x_dst: latents at t_dst on the detached roll-out, where the
+    next segment of data-free training starts (Algorithm 3, line 14)."""
+
+    loss: Tensor
+    x_dst: Tensor
+
+
+def imitation_loss(
+    teacher: VelocityField,
+    policy: Policy,
+    x_src: Tensor,
+    t_src: Time,
+    t_dst: Time,
+    *,
+    factorisation: Factorisation,
+    conditions: Conditions | None = None,
+    states: int = 2,
+    dropout: float = 0.0,
+    method: str | Solver = "euler",
+    step_size: float = 1 / 128,
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Imitation:
+    """One segment of on-policy imitation (Algorithm 1): one roll-out, `states` teacher queries.
+
+    teacher: asked without a graph, on latents.  policy: the student's answer at (x_src, t_src), with its
+    graph.  x_src: latents `[B, ...]`.  t_src in (0, 1], t_dst in [0, t_src): float, 0-d or `[B]`.
+    factorisation: the student's.  states: intermediate states M for each sample.  dropout: the rate of GM
+    dropout in the detached roll-out (section 5.1).  step_size: raw length of a substep.
+    Raises `ValueError` for fewer than one state, an empty segment, dropout on a policy that has none,
+    and what the roll-out refuses.
+    """
+    if states < 1:
+        raise ValueError(f"states must be at least 1, got {states}")
+    batch, shape = len(x_src), x_src.shape
+    with torch.no_grad():
+        detached = policy.detach()
+        if dropout:
+            if not isinstance(detached, Dropped):
+                raise ValueError(f"dropout {dropout} was asked for, but a {type(policy).__name__} has no components")
+            detached = detached.dropped(dropout, generator)
+        source = as_time("t_src", t_src, x_src)
+        end = as_time("t_dst", t_dst, x_src, maximum=source, zero=True)
+        if not bool((end < source).all()):
+            raise ValueError("a segment must not be empty: t_dst must lie below t_src")
+        t = _intermediate_times(source, end, states, batch, shift, generator)
+        visited = visit(
+            detached, factorisation.pack(x_src), source, torch.cat([t, end.expand(1, batch)]), method, step_size, shift
+        )
+        x_t, x_dst = visited[:-1], factorisation.unpack(visited[-1], shape)
+        targets = [
+            factorisation.pack(teacher.velocity(factorisation.unpack(x, shape), time, conditions))
+            for x, time in zip(x_t, t, strict=True)
+        ]
+    errors = [
+        (policy.velocity(x, time) - target).square().flatten(1).mean(1)
+        for x, time, target in zip(x_t, t, targets, strict=True)
+    ]
+    return Imitation(torch.stack(errors).mean(0) / 2, x_dst)
+
+
+def _intermediate_times(
+    t_src: Tensor, t_dst: Tensor, states: int, batch: int, shift: float, generator: torch.Generator | None
+) -> Tensor:
+    """Times `[M, B]`, falling, even in distribution over the raw segment (t_dst, t_src]."""
+    draws = torch.rand(batch, states, generator=generator, device=t_src.device, dtype=t_src.dtype)
+    share = draws.sort(dim=1).values.T  # in [0, 1), rising: the share of the segment that is behind
+    raw_src, raw_dst = unshift_time(t_src, shift), unshift_time(t_dst, shift)
+    raw = raw_src - (raw_src - raw_dst) * share
+    # Rounding may land on t_dst = 0 or slip past an end of the segment; the first has no velocity.
+    lowest = torch.clamp(t_dst, min=torch.finfo(raw.dtype).eps)
+    return torch.maximum(torch.minimum(shift_time(raw, shift), t_src), lowest)

@@ -1,0 +1,133 @@
+"""Roll-outs: x_dst = x_src + ∫_{t_src}^{t_dst} π(x_t, t) dt (paper, section 3), in substeps even in raw time.
+
+`integrate` gives the end point, `trajectory` the whole path, `visit` the states at chosen times of one
+roll-out, `mean_velocity` the average that Eqs. 5 and 6 compare with the teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pitools.path import align, as_time, substep_grid
+from pitools.solvers import Adaptive, Solver, solve_adaptive, solver, steps
+from pitools.types import Time
+
+
+class AnyField(Protocol):
+    """Whatever has a velocity: a policy, a teacher, a Gaussian mixture that is a prior."""
+
+    def velocity(self, x_t: Tensor, t: Tensor, /) -> Tensor:
+        """The velocity at a state `[B, ...]`; t is 0-d or `[B]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A roll-out with all its substeps: `times` `[S + 1]` or `[S + 1, B]`, `states` `[S + 1, B, ...]`."""
+
+    times: Tensor
+    states: Tensor
+
+
+def integrate(
+    field: AnyField,
+    x: Tensor,
+    t_src: Time,
+    t_dst: Time,
+    method: str | Solver = "euler",
+    step_size: float = 1 / 128,
+    shift: float = 1.0,
+) -> Tensor:
+    """The state at `t_dst` of the ODE through (x, t_src); float32 or better.
+
+    x: `[B, ...]`.  t_src in (0, 1], t_dst in [0, t_src]: float, 0-d or `[B]`, so that every sample may
+    have its own interval.  step_size: raw length of a substep; the number of substeps is
+    ceil(raw span / step_size - 1e-4), for each sample.  method: a name from `pitools.solvers.SOLVERS`
+    or a solver; the adaptive one takes its own steps.
+    Raises `ValueError` for an unknown method, times out of range or t_dst > t_src.
+    """
+    return visit(field, x, t_src, torch.as_tensor(t_dst).unsqueeze(0), method, step_size, shift)[0]
+
+
+def visit(
+    field: AnyField,
+    x: Tensor,
+    t_src: Time,
+    t_stops: Tensor,
+    method: str | Solver = "euler",
+    step_size: float = 1 / 128,
+    shift: float = 1.0,
+) -> Tensor:
+    """The states `[M, B, ...]` at each of the times `t_stops`, `[M]` or `[M, B]`, falling, of one roll-out.
+
+    The other arguments and the errors are those of `integrate`.
+    """
+    x, source, stops = _prepare(x, t_src, t_stops)
+    chosen = solver(method)
+    if isinstance(chosen, Adaptive):
+        states = []
+        for stop in stops:
+            x = solve_adaptive(field.velocity, x, source, stop, chosen)
+            states.append(x)
+            source = stop
+        return torch.stack(states)
+    grid = substep_grid(source, stops, step_size, shift)
+    visited = [x] * len(stops)
+    for row, state in enumerate(steps(field.velocity, x, grid.times, chosen), start=1):
+        for m, reached in enumerate(grid.stops == row):
+            visited[m] = torch.where(align(reached, x), state, visited[m])
+    return torch.stack(visited)
+
+
+def trajectory(
+    field: AnyField,
+    x: Tensor,
+    t_src: Time,
+    t_dst: Time,
+    method: str | Solver = "euler",
+    step_size: float = 1 / 128,
+    shift: float = 1.0,
+) -> Trajectory:
+    """The roll-out from (x, t_src) to `t_dst` with every substep; arguments and errors as in `integrate`.
+
+    Raises `ValueError` for an adaptive method, whose steps are its own.
+    """
+    x, source, stops = _prepare(x, t_src, torch.as_tensor(t_dst).unsqueeze(0))
+    chosen = solver(method)
+    if isinstance(chosen, Adaptive):
+        raise ValueError("a trajectory needs a fixed-step method; dopri5 chooses its own steps")
+    grid = substep_grid(source, stops, step_size, shift)
+    return Trajectory(grid.times, torch.stack([x, *steps(field.velocity, x, grid.times, chosen)]))
+
+
+def mean_velocity(
+    field: AnyField,
+    x: Tensor,
+    t_from: Time,
+    t_to: Time,
+    method: str | Solver = "euler",
+    step_size: float = 1 / 128,
+    shift: float = 1.0,
+) -> Tensor:
+    """1/(t_to - t_from) ∫ π(x_t, t) dt over the window from (x, t_from) to t_to < t_from (Eqs. 5-6).
+
+    Arguments and errors as in `integrate`; also `ValueError` for an empty window.
+    """
+    x, source, stops = _prepare(x, t_from, torch.as_tensor(t_to).unsqueeze(0))
+    width = stops[0] - source
+    if not bool((width < 0).all()):
+        raise ValueError("the window of a mean velocity must not be empty: t_to must lie below t_from")
+    return (integrate(field, x, source, stops[0], method, step_size, shift) - x) / align(width, x)
+
+
+def _prepare(x: Tensor, t_src: Time, t_stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.ndim < 2:
+        raise ValueError(f"a state must be [B, ...] with at least two dimensions, got shape {tuple(x.shape)}")
+    source = as_time("t_src", t_src, x)
+    stops = [as_time("t_dst", stop, x, maximum=source, zero=True) for stop in t_stops]
+    return x, source, torch.stack(torch.broadcast_tensors(*stops))

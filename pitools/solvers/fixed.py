@@ -1,0 +1,62 @@
+"""The fixed-step loop: x_{n+1} = x_n + h_n · increment, along one grid of times for each sample.
+
+A step that ends at t = 0, where no field is evaluated, is an Euler step whatever the method: from
+(x, t) it gives x - t u(x, t), the denoised state. So every method lands there and none divides by 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pitools.path import align
+from pitools.solvers.tableaus import RungeKutta, TwoStep
+
+Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""The velocity f(x, t) of a state `[B, ...]` at t, 0-d or `[B]`."""
+
+
+def steps(f: Field, x: Tensor, times: Tensor, method: RungeKutta | TwoStep) -> Iterator[Tensor]:
+    """The states after each step of `times`, `[S + 1]` or `[S + 1, B]`, never rising.
+
+    A sample whose time stands still in a step keeps its state; f is then asked at the sample's first
+    time, where it is defined, and the answer is not used.
+    """
+    previous: tuple[Tensor, Tensor] | None = None
+    for t, t_next in pairwise(times):
+        h = t_next - t
+        moves, lands = h != 0, t_next == 0
+        t = torch.where(moves, t, times[0])
+        k = f(x, t)
+        if isinstance(method, RungeKutta):
+            increment = _runge_kutta(f, x, t, torch.where(lands, 0.0, h), k, method)
+        else:
+            increment = _adams_bashforth(h, k, previous)
+        increment = torch.where(align(lands, x), k, increment)
+        previous = (h, k)
+        x = torch.where(align(moves, x), x + align(h, x) * increment, x)
+        yield x
+
+
+def _runge_kutta(f: Field, x: Tensor, t: Tensor, h: Tensor, k: Tensor, method: RungeKutta) -> Tensor:
+    stages = [k]
+    for row, c in zip(method.a, method.c, strict=True):
+        stages.append(f(x + align(h, x) * _combine(row, stages), t + c * h))
+    return _combine(method.b, stages)
+
+
+def _combine(weights: tuple[float, ...], stages: list[Tensor]) -> Tensor:
+    terms = [weight * k for weight, k in zip(weights, stages, strict=True) if weight != 0]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+def _adams_bashforth(h: Tensor, k: Tensor, previous: tuple[Tensor, Tensor] | None) -> Tensor:
+    if previous is None:
+        return k
+    h_before, k_before = previous
+    ratio = align(torch.where(h_before != 0, h / h_before, 0.0), k)
+    return k + ratio / 2 * (k - k_before)

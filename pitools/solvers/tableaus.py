@@ -1,0 +1,70 @@
+"""Solvers as data: Butcher tableaus, the two-step multistep form, and the adaptive choice.
+
+An explicit Runge-Kutta step of length h (negative, since time falls) from (x, t) is
+
+    k_1 = f(x, t),   k_i = f(x + h Σ_j a_ij k_j, t + c_i h),   c_i = Σ_j a_ij,   x' = x + h Σ_i b_i k_i
+
+and the two-step Adams-Bashforth step with r = h_n / h_{n-1}, started by an Euler step (r = 0), is
+
+    x' = x + h_n ((1 + r/2) k_n - (r/2) k_{n-1})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+
+@dataclass(frozen=True)
+class RungeKutta:
+    """An explicit tableau: `a` holds the rows below the first stage, `b` the weights, and `order`."""
+
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+
+    @property
+    def c(self) -> tuple[float, ...]:
+        """The nodes of the stages after the first."""
+        return tuple(sum(row) for row in self.a)
+
+
+@dataclass(frozen=True)
+class TwoStep:
+    """Adams-Bashforth with the velocity of the step before: one evaluation a step."""
+
+    order: int = 2
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """torchdiffeq's dopri5; the tolerances hold for every sample on its own, and step_size is not used."""
+
+    rtol: float = 1e-5
+    atol: float = 1e-6
+    order: int = 5
+
+
+Solver: TypeAlias = RungeKutta | TwoStep | Adaptive
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        "euler": RungeKutta(order=1, a=(), b=(1.0,)),
+        "midpoint": RungeKutta(order=2, a=((0.5,),), b=(0.0, 1.0)),
+        "heun": RungeKutta(order=2, a=((1.0,),), b=(0.5, 0.5)),
+        "rk4": RungeKutta(order=4, a=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6)),
+        "ab2": TwoStep(),
+        "dopri5": Adaptive(),
+    }
+)
+
+
+def solver(method: str | Solver) -> Solver:
+    """The solver of that name, or the solver itself. `ValueError` for an unknown name."""
+    if not isinstance(method, str):
+        return method
+    if method not in SOLVERS:
+        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(SOLVERS)}")
+    return SOLVERS[method]
