@@ -42,6 +42,7 @@ def imitation_loss(
     method: str | Solver = "euler",
     step_size: float = 1 / 128,
     shift: float = 1.0,
+    floor: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Imitation:
     """One segment of on-policy imitation (Algorithm 1): one roll-out, `states` teacher queries.
@@ -49,7 +50,9 @@ def imitation_loss(
     teacher: asked without a graph, on latents.  policy: the student's answer at (x_src, t_src), with its
     graph.  x_src: latents `[B, ...]`.  t_src in (0, 1], t_dst in [0, t_src): float, 0-d or `[B]`.
     factorisation: the student's.  states: intermediate states M for each sample.  dropout: the rate of GM
-    dropout in the detached roll-out (section 5.1).  step_size: raw length of a substep.
+    dropout in the detached roll-out (section 5.1).  step_size: raw length of a substep.  floor: raw time
+    below which no state is drawn; a sampler asks for no velocity below its last substep, where a teacher
+    that is sharp in x (a point set's) would outweigh all the rest, its error growing as 1/t².
     Raises `ValueError` for fewer than one state, an empty segment, dropout on a policy that has none,
     and what the roll-out refuses.
     """
@@ -66,7 +69,7 @@ def imitation_loss(
         end = as_time("t_dst", t_dst, x_src, maximum=source, zero=True)
         if not bool((end < source).all()):
             raise ValueError("a segment must not be empty: t_dst must lie below t_src")
-        t = _intermediate_times(source, end, states, batch, shift, generator)
+        t = _intermediate_times(source, end, states, batch, shift, floor, generator)
         visited = visit(
             detached, factorisation.pack(x_src), source, torch.cat([t, end.expand(1, batch)]), method, step_size, shift
         )
@@ -83,13 +86,20 @@ def imitation_loss(
 
 
 def _intermediate_times(
-    t_src: Tensor, t_dst: Tensor, states: int, batch: int, shift: float, generator: torch.Generator | None
+    t_src: Tensor,
+    t_dst: Tensor,
+    states: int,
+    batch: int,
+    shift: float,
+    floor: float,
+    generator: torch.Generator | None,
 ) -> Tensor:
-    """Times `[M, B]`, falling, even in distribution over the raw segment (t_dst, t_src]."""
+    """Times `[M, B]`, falling, even in distribution over the raw segment above `floor`."""
     draws = torch.rand(batch, states, generator=generator, device=t_src.device, dtype=t_src.dtype)
     share = draws.sort(dim=1).values.T  # in [0, 1), rising: the share of the segment that is behind
-    raw_src, raw_dst = unshift_time(t_src, shift), unshift_time(t_dst, shift)
-    raw = raw_src - (raw_src - raw_dst) * share
-    # Rounding may land on t_dst = 0 or slip past an end of the segment; the first has no velocity.
-    lowest = torch.clamp(t_dst, min=torch.finfo(raw.dtype).eps)
-    return torch.maximum(torch.minimum(shift_time(raw, shift), t_src), lowest)
+    # The smallest normal step above 0 keeps rounding from landing on t = 0, which has no velocity.
+    lowest = max(floor, torch.finfo(t_src.dtype).eps)
+    raw_src = unshift_time(t_src, shift)
+    raw_dst = torch.minimum(unshift_time(t_dst, shift).clamp(min=lowest), raw_src)
+    t = shift_time(raw_src - (raw_src - raw_dst) * share, shift)
+    return torch.maximum(torch.minimum(t, t_src), t_dst)

@@ -6,6 +6,7 @@ from pitools.policies.gm import GMHead as GMHead
 from pitools.policies.gm import GMPolicy as GMPolicy
 from pitools.policies.head import Head as Head
 from pitools.policies.head import HeadSizes as HeadSizes
+from pitools.policies.head import Outputs as Outputs
 from pitools.policies.head import Segment as Segment
 from pitools.policies.polynomial import PolynomialHead as PolynomialHead
 from pitools.policies.polynomial import PolynomialPolicy as PolynomialPolicy

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pitools.path import as_time, shift_time, unshift_time
 from pitools.policies.checks import check_state, denoised_from_velocity, parameters, policy_velocity
-from pitools.policies.head import HeadSizes, Segment
+from pitools.policies.head import HeadSizes, Outputs, Segment
 from pitools.types import Time
 
 
@@ -81,11 +81,12 @@ class DXHead:
         if self.grid_points < 1:
             raise ValueError(f"grid_points must be at least 1, got {self.grid_points}")
 
-    def sizes(self, channels: int) -> HeadSizes:
-        return HeadSizes(factor=self.grid_points * channels, sample=0)
+    @property
+    def sizes(self) -> HeadSizes:
+        return HeadSizes(velocities=self.grid_points)
 
-    def read(self, factor: Tensor, sample: Tensor, x_src: Tensor, t_src: Time, segment: Segment) -> DXPolicy:
-        u_grid = factor.unflatten(-1, (self.grid_points, x_src.shape[-1])).transpose(1, 2)
+    def read(self, outputs: Outputs, x_src: Tensor, t_src: Time, segment: Segment) -> DXPolicy:
         source = as_time("t_src", t_src, x_src)
         raw_dst = (unshift_time(source, segment.shift) - segment.length).clamp(min=0)
-        return DXPolicy.from_velocity(u_grid, x_src, source, shift_time(raw_dst, segment.shift), segment.shift)
+        t_dst = shift_time(raw_dst, segment.shift)
+        return DXPolicy.from_velocity(outputs.velocities.transpose(1, 2), x_src, source, t_dst, segment.shift)

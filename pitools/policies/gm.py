@@ -17,7 +17,7 @@ from torch import Tensor
 from pitools.mixture import GaussianMixture
 from pitools.path import align, as_time
 from pitools.policies.checks import check_state, parameters
-from pitools.policies.head import HeadSizes, Segment
+from pitools.policies.head import HeadSizes, Outputs, Segment
 from pitools.types import Time
 
 
@@ -91,10 +91,9 @@ class GMHead:
         if self.components < 1:
             raise ValueError(f"components must be at least 1, got {self.components}")
 
-    def sizes(self, channels: int) -> HeadSizes:
-        return HeadSizes(factor=self.components * (channels + 1), sample=1)
+    @property
+    def sizes(self) -> HeadSizes:
+        return HeadSizes(velocities=self.components, factor=self.components, sample=1)
 
-    def read(self, factor: Tensor, sample: Tensor, x_src: Tensor, t_src: Time, segment: Segment) -> GMPolicy:
-        means, log_weights = factor.split([self.components * x_src.shape[-1], self.components], dim=-1)
-        u_means = means.unflatten(-1, (x_src.shape[-1], self.components)).mT
-        return GMPolicy.from_velocity(u_means, log_weights, sample.squeeze(-1), x_src, t_src)
+    def read(self, outputs: Outputs, x_src: Tensor, t_src: Time, segment: Segment) -> GMPolicy:
+        return GMPolicy.from_velocity(outputs.velocities, outputs.factor, outputs.sample.squeeze(-1), x_src, t_src)

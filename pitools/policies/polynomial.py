@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pitools.path import as_time, unshift_time
 from pitools.policies.checks import check_state, denoised_from_velocity, parameters, policy_velocity
-from pitools.policies.head import HeadSizes, Segment
+from pitools.policies.head import HeadSizes, Outputs, Segment
 from pitools.types import Time
 
 
@@ -74,9 +74,9 @@ class PolynomialHead:
         if self.coefficients < 1:
             raise ValueError(f"coefficients must be at least 1, got {self.coefficients}")
 
-    def sizes(self, channels: int) -> HeadSizes:
-        return HeadSizes(factor=self.coefficients * channels, sample=0)
+    @property
+    def sizes(self) -> HeadSizes:
+        return HeadSizes(velocities=self.coefficients)
 
-    def read(self, factor: Tensor, sample: Tensor, x_src: Tensor, t_src: Time, segment: Segment) -> PolynomialPolicy:
-        u = factor.unflatten(-1, (self.coefficients, x_src.shape[-1])).transpose(1, 2)
-        return PolynomialPolicy.from_velocity(u, x_src, t_src, segment.shift)
+    def read(self, outputs: Outputs, x_src: Tensor, t_src: Time, segment: Segment) -> PolynomialPolicy:
+        return PolynomialPolicy.from_velocity(outputs.velocities.transpose(1, 2), x_src, t_src, segment.shift)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pitools.path import as_time
 from pitools.policies.checks import check_state, denoised_from_velocity, parameters, policy_velocity
-from pitools.policies.head import HeadSizes, Segment
+from pitools.policies.head import HeadSizes, Outputs, Segment
 from pitools.types import Time
 
 
@@ -56,8 +56,9 @@ class ShortcutHead:
 
     reaches_zero: ClassVar[bool] = False
 
-    def sizes(self, channels: int) -> HeadSizes:
-        return HeadSizes(factor=channels, sample=0)
+    @property
+    def sizes(self) -> HeadSizes:
+        return HeadSizes(velocities=1)
 
-    def read(self, factor: Tensor, sample: Tensor, x_src: Tensor, t_src: Time, segment: Segment) -> ShortcutPolicy:
-        return ShortcutPolicy.from_velocity(factor, x_src, t_src)
+    def read(self, outputs: Outputs, x_src: Tensor, t_src: Time, segment: Segment) -> ShortcutPolicy:
+        return ShortcutPolicy.from_velocity(outputs.velocities.squeeze(2), x_src, t_src)

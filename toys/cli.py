@@ -1,0 +1,77 @@
+"""`pitools toy`: the command's options; the work is in `toys.experiment`, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def toy(
+    policy: Annotated[
+        str, typer.Option(help="gm, dx, polynomial or shortcut; several, with commas between, are compared.")
+    ] = "gm",
+    target: Annotated[
+        str, typer.Option(help="ring8, grid25, spiral, moons, checkerboard or digits: each has an exact teacher.")
+    ] = "grid25",
+    nfe: Annotated[str, typer.Option(help="Network evaluations for a sample; several, with commas between.")] = "1,2,4",
+    components: Annotated[
+        int | None, typer.Option(help="K of the GM policy.  [default: 64; digits 8]", show_default=False)
+    ] = None,
+    grid_points: Annotated[int, typer.Option(help="N of the DX grid, and coefficients of the polynomial.")] = 10,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimiser steps for each student.  [default: 1000; digits 600]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the students; the evaluation's noises are always the same.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the GPU if there is one.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write, new or empty.  [default: runs/toy-TARGET-POLICY]", show_default=False)
+    ] = None,
+) -> None:
+    """Distil an exact teacher into few-step students, and show what happened.
+
+    The teacher's velocity is known in closed form; a small network learns, by π-ID and without data, to answer
+    with a policy. The folder then holds a table, pictures, metrics and weights. Ctrl-C stops the training
+    early and keeps what is done.
+
+    Examples:
+
+        pitools toy --policy gm
+
+        pitools toy --policy gm,dx,shortcut --nfe 1
+
+        pitools toy --target digits
+    """
+    from rich.console import Console
+
+    from toys.experiment import Experiment, run
+
+    try:
+        experiment = Experiment.resolve(
+            policies=[name.strip() for name in policy.split(",")],
+            target=target,
+            nfes=_integers("--nfe", nfe),
+            components=components,
+            grid_points=grid_points,
+            steps=steps,
+            seed=seed,
+            device=device,
+            out=out,
+        )
+        interrupted = run(experiment, Console())
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers with commas between, such as 1,2,4, not {text!r}") from None

@@ -1,0 +1,90 @@
+"""How a toy student compares with the exact teacher, from the same noises and on the same raw-time grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pitools.metrics import (
+    endpoint_rmse,
+    energy_distance,
+    mode_report,
+    same_mode_rate,
+    sliced_wasserstein,
+)
+from pitools.path import segments, shift_time, substep_grid
+from pitools.rollout import visit
+from pitools.sampling import sample
+from pitools.training import keyed_generator
+from pitools.types import Conditions, Schedule
+from toys.network import ToyStudent
+from toys.targets import Conditioned, Target
+
+ENERGY_POINTS = 4000
+EVALUATION_SEED = 2026
+
+
+@dataclass
+class Evaluation:
+    """Fixed noises, data and conditions, and the teacher's answers to them on each grid it was asked for.
+
+    Nothing here depends on the seed of a run, so that runs compare.
+    """
+
+    target: Target
+    noise: Tensor
+    data: Tensor
+    conditions: Conditions | None
+
+    def __post_init__(self) -> None:
+        self._answers: dict[tuple[float, ...], Tensor] = {}
+
+    @classmethod
+    def prepare(cls, target: Target, count: int, device: torch.device) -> Evaluation:
+        """`count` noises and as many data points, class by class in turn where the target has classes."""
+        # Drawn on the CPU: the same on every device.
+        noise = torch.randn(count, *target.shape, generator=keyed_generator(EVALUATION_SEED, "noise"))
+        host = target.to(torch.device("cpu"))
+        data = host.sample(count, keyed_generator(EVALUATION_SEED, "data"), host.labels(count, noise.device))
+        return cls(target, noise.to(device), data.to(device), target.labels(count, device))
+
+    @torch.no_grad()
+    def teacher(self, schedule: Schedule, nfe: int) -> Tensor:
+        """The teacher's end points, Euler on the substeps that a student of `nfe` segments takes."""
+        stops = [shift_time(raw, schedule.shift) for raw in segments(nfe, schedule.final_step_scale)[1:]]
+        grid = substep_grid(torch.tensor(1.0), torch.tensor(stops), 1 / 128, schedule.shift)
+        key = tuple(grid.times.tolist())
+        if key not in self._answers:
+            field = Conditioned(self.target, self.conditions)
+            self._answers[key] = visit(field, self.noise, 1.0, torch.tensor(stops), shift=schedule.shift)[-1]
+        return self._answers[key]
+
+    def student(self, student: ToyStudent, nfe: int) -> Tensor:
+        """The student's end points in `nfe` network evaluations."""
+        return sample(student, self.noise, nfe, self.conditions)
+
+    def metrics(self, points: Tensor, teacher: Tensor) -> dict[str, float]:
+        """What the target defines, of end points `[S, *shape]` beside the teacher's from the same noises."""
+        x, reference, data = points.flatten(1), teacher.flatten(1), self.data.flatten(1)
+        result: dict[str, float] = {}
+        if self.target.modes is not None:
+            modes = self.target.modes
+            report = mode_report(x, modes.means, modes.std)
+            result["same_mode"] = same_mode_rate(report.nearest, mode_report(reference, modes.means, modes.std).nearest)
+            result["off_mode"] = report.off_mode
+            result["modes_covered"] = report.covered
+        if self.target.classes and self.conditions is not None:
+            result["class_accuracy"] = self._class_accuracy(x, self.conditions["class_labels"])
+        projections = keyed_generator(EVALUATION_SEED, "projections", device=x.device)
+        result["sliced_wasserstein"] = sliced_wasserstein(x, data, generator=projections)
+        result["energy_distance"] = energy_distance(x[:ENERGY_POINTS], data[:ENERGY_POINTS])
+        result["endpoint_rmse"] = endpoint_rmse(x, reference)
+        return result
+
+    def _class_accuracy(self, x: Tensor, labels: Tensor) -> float:
+        """The share of samples whose nearest data point is of the class that was asked for."""
+        nearest = torch.stack([torch.cdist(x, prior.means).amin(1) for prior in self.target.priors], dim=1)
+        return float((nearest.argmin(1) == labels).double().mean())
+
