@@ -17,12 +17,12 @@ def toy(
     ] = "grid25",
     nfe: Annotated[str, typer.Option(help="Network evaluations for a sample; several, with commas between.")] = "1,2,4",
     components: Annotated[
-        int | None, typer.Option(help="K of the GM policy.  [default: 64; digits 8]", show_default=False)
+        int | None, typer.Option(help="K of the GM policy.  [default: 64; digits 32]", show_default=False)
     ] = None,
     grid_points: Annotated[int, typer.Option(help="N of the DX grid, and coefficients of the polynomial.")] = 10,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimiser steps for each student.  [default: 1000; digits 600]", show_default=False),
+        typer.Option(help="Optimiser steps for each student.  [default: 1000; digits 700]", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the students; the evaluation's noises are always the same.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the GPU if there is one.")] = "auto",

@@ -32,7 +32,7 @@ class Training:
     learning_rate: float
     states: int
     step_size: float
-    floor: float = 1 / 128
+    floor: float
     dropout: float = 0.0
     ema_gamma: float = 7.0
     clip: float = 10.0
