@@ -9,6 +9,7 @@ networks and policies see t.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -111,6 +112,8 @@ def substep_grid(t_src: Tensor, t_stops: Tensor, step_size: float, shift: float 
     t_src: 0-d or `[B]`.  t_stops: `[M]` or `[M, B]`, falling, in [0, t_src].
     Raises `ValueError` for a step size that is not positive, or stops that rise.
     """
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift must be a positive number, got {shift}")
     if not step_size > 0:
         raise ValueError(f"step_size must be positive, got {step_size}")
     t_points = torch.stack(torch.broadcast_tensors(t_src, *t_stops))  # [M + 1] or [M + 1, B]
@@ -127,7 +130,7 @@ def substep_grid(t_src: Tensor, t_stops: Tensor, step_size: float, shift: float 
     for span, count, stop in zip(spans, counts, stops, strict=True):
         times = times - span * ((row - (stop - count)) / count.clamp(min=1)).clamp(0, 1)
     times = shift_time(times, shift).to(t_src.dtype)
-    # The stops themselves are exact: a sum of rounded spans must not miss t = 0.
-    times = times.scatter(0, stops.long(), t_points[1:])
+    # The given times are exact: rounding must not miss t = 0, nor start above t_src, where no policy is defined.
+    times = times.scatter(0, torch.cat([torch.zeros_like(stops[:1]), stops]).long(), t_points)
     times = torch.where(row >= stops[-1], t_points[-1], times)
     return SubstepGrid(times, stops.long())

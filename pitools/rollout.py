@@ -50,7 +50,7 @@ def integrate(
     or a solver; the adaptive one takes its own steps.
     Raises `ValueError` for an unknown method, times out of range or t_dst > t_src.
     """
-    return visit(field, x, t_src, torch.as_tensor(t_dst).unsqueeze(0), method, step_size, shift)[0]
+    return visit(field, x, t_src, _one_stop(t_dst), method, step_size, shift)[0]
 
 
 def visit(
@@ -96,7 +96,7 @@ def trajectory(
 
     Raises `ValueError` for an adaptive method, whose steps are its own.
     """
-    x, source, stops = _prepare(x, t_src, torch.as_tensor(t_dst).unsqueeze(0))
+    x, source, stops = _prepare(x, t_src, _one_stop(t_dst))
     chosen = solver(method)
     if isinstance(chosen, Adaptive):
         raise ValueError("a trajectory needs a fixed-step method; dopri5 chooses its own steps")
@@ -117,11 +117,16 @@ def mean_velocity(
 
     Arguments and errors as in `integrate`; also `ValueError` for an empty window.
     """
-    x, source, stops = _prepare(x, t_from, torch.as_tensor(t_to).unsqueeze(0))
+    x, source, stops = _prepare(x, t_from, _one_stop(t_to))
     width = stops[0] - source
     if not bool((width < 0).all()):
         raise ValueError("the window of a mean velocity must not be empty: t_to must lie below t_from")
     return (integrate(field, x, source, stops[0], method, step_size, shift) - x) / align(width, x)
+
+
+def _one_stop(t: Time) -> Tensor:
+    """`[1]` or `[1, B]`; a number keeps all its digits until it meets the state's dtype."""
+    return (t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)).unsqueeze(0)
 
 
 def _prepare(x: Tensor, t_src: Time, t_stops: Tensor) -> tuple[Tensor, Tensor, Tensor]:

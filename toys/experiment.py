@@ -135,10 +135,11 @@ HEADS: Mapping[str, Callable[[Experiment], Head]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Trained:
-    """A student with its averaged weights, and the NFEs that it is for."""
+    """A student with its averaged weights, the NFEs that it is for, and the steps that it had."""
 
     policy: str
     nfes: tuple[int, ...]
+    steps: int
     student: ToyStudent
 
 
@@ -218,7 +219,7 @@ def _train(
     if not average:
         return None
     progress.stop_task(task)
-    return Trained(policy, nfes, ema.module)
+    return Trained(policy, nfes, ema.steps, ema.module)
 
 
 def _evaluate(experiment: Experiment, evaluation: Evaluation, trained: Sequence[Trained]) -> dict[str, object]:
@@ -228,7 +229,7 @@ def _evaluate(experiment: Experiment, evaluation: Evaluation, trained: Sequence[
         for nfe in one.nfes:
             teacher = evaluation.teacher(one.student.schedule, nfe)
             metrics = evaluation.metrics(evaluation.student(one.student, nfe), teacher)
-            rows.append({"policy": one.policy, "nfe": nfe, **metrics})
+            rows.append({"policy": one.policy, "nfe": nfe, "steps": one.steps, **metrics})
     return {"teacher": evaluation.metrics(reference, reference), "students": rows}
 
 

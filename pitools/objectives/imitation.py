@@ -53,8 +53,8 @@ def imitation_loss(
     dropout in the detached roll-out (section 5.1).  step_size: raw length of a substep.  floor: raw time
     below which no state is drawn; a sampler asks for no velocity below its last substep, where a teacher
     that is sharp in x (a point set's) would outweigh all the rest, its error growing as 1/t².
-    Raises `ValueError` for fewer than one state, an empty segment, dropout on a policy that has none,
-    and what the roll-out refuses.
+    Raises `ValueError` for fewer than one state, an empty segment, a floor above it, dropout on a policy that
+    has none, and what the roll-out refuses.
     """
     if states < 1:
         raise ValueError(f"states must be at least 1, got {states}")
@@ -100,6 +100,8 @@ def _intermediate_times(
     # The smallest normal step above 0 keeps rounding from landing on t = 0, which has no velocity.
     lowest = max(floor, torch.finfo(t_src.dtype).eps)
     raw_src = unshift_time(t_src, shift)
-    raw_dst = torch.minimum(unshift_time(t_dst, shift).clamp(min=lowest), raw_src)
+    raw_dst = unshift_time(t_dst, shift).clamp(min=lowest)
+    if not bool((raw_dst < raw_src).all()):
+        raise ValueError(f"floor {floor:g} leaves no room below t_src (raw {float(raw_src.min()):g})")
     t = shift_time(raw_src - (raw_src - raw_dst) * share, shift)
     return torch.maximum(torch.minimum(t, t_src), t_dst)

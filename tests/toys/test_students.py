@@ -1,0 +1,109 @@
+"""The toy network and its training."""
+
+import math
+
+import pytest
+import torch
+from mixtures import random
+
+from pitools import Schedule, sample
+from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
+from pitools.types import POINTS
+from toys.distill import Training, distill
+from toys.evaluation import Evaluation
+from toys.network import ToyStudent
+from toys.plots import student_path
+from toys.targets import load_target
+
+HEADS: list[Head] = [GMHead(6), DXHead(4), PolynomialHead(3), ShortcutHead()]
+SHORT = Training(steps=4, batch=32, learning_rate=1e-3, states=2, step_size=1 / 8, floor=1 / 8)
+
+
+def student_for(target_name: str, head: Head, nfe: int = 2, seed: int = 0) -> ToyStudent:
+    target = load_target(target_name)
+    return ToyStudent(
+        head,
+        Schedule(nfe=nfe, shift=target.shift),
+        target.factorisation,
+        target.shape,
+        classes=target.classes,
+        width=32,
+        scale=target.scale,
+        generator=random(seed),
+    )
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
+@pytest.mark.parametrize("name", ["ring8", "digits"])
+def test_a_student_answers_trains_and_samples(name: str, head: Head) -> None:
+    target = load_target(name)
+    student = student_for(name, head)
+    losses: list[float] = []
+    before = student.outlet.weight.detach().clone()
+    ema = distill(student, target, [1, 2], SHORT, seed=0, on_step=lambda step, loss: losses.append(loss))
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not torch.equal(student.outlet.weight, before)
+    noise = torch.randn(20, *target.shape, generator=random(1))
+    conditions = target.labels(20, noise.device)
+    x = sample(ema.module, noise, 2, conditions)
+    assert x.shape == noise.shape
+    assert torch.isfinite(x).all()
+    with torch.no_grad():
+        states, looks = student_path(ema.module, noise, 2, conditions)
+    assert len(looks) == 2
+    assert torch.equal(states[0], noise)
+    torch.testing.assert_close(states[-1], x, rtol=0, atol=1e-5)
+
+
+def test_training_is_a_function_of_the_seed() -> None:
+    def weights(seed: int) -> torch.Tensor:
+        student = student_for("ring8", GMHead(4))
+        return distill(student, load_target("ring8"), [1, 2], SHORT, seed).module.outlet.weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_a_student_that_copies_its_input_needs_no_weights() -> None:
+    student = ToyStudent(ShortcutHead(), Schedule(nfe=1), POINTS, (2,))
+    with torch.no_grad():
+        student.outlet.weight.zero_()
+    x = torch.randn(5, 2, generator=random(0))
+    policy = student(x, torch.full((5,), 0.5))
+    torch.testing.assert_close(policy.velocity(x[:, None], 0.5), x[:, None] / 0.5)  # x̂ = 0
+
+
+def test_training_stops_when_asked_and_at_a_loss_that_is_not_finite() -> None:
+    target, student = load_target("ring8"), student_for("ring8", GMHead(4))
+    seen: list[int] = []
+    ema = distill(student, target, [1], SHORT, 0, lambda step, loss: seen.append(step), lambda: len(seen) == 2)
+    assert seen == [1, 2]
+    assert ema.steps == 2
+    with torch.no_grad():
+        student.outlet.weight[0, 0] = math.nan
+    with pytest.raises((RuntimeError, ValueError), match="loss|NaN"):
+        distill(student, target, [1], SHORT, 0)
+
+
+def test_evaluation_of_the_teacher_against_itself_and_of_a_bad_student() -> None:
+    target = load_target("ring8")
+    evaluation = Evaluation.prepare(target, 500, torch.device("cpu"))
+    schedule = Schedule(nfe=2)
+    teacher = evaluation.teacher(schedule, 2)
+    own = evaluation.metrics(teacher, teacher)
+    assert (own["same_mode"], own["endpoint_rmse"], own["modes_covered"]) == (1.0, 0.0, 8)
+    assert evaluation.teacher(schedule, 4) is teacher  # the same grid of 128 substeps
+    assert evaluation.teacher(schedule, 3) is not teacher
+    noise = evaluation.metrics(evaluation.noise, teacher)
+    assert noise["off_mode"] > 0.5
+    assert noise["endpoint_rmse"] > 0.5
+    assert noise["energy_distance"] > own["energy_distance"]
+
+
+def test_class_accuracy_is_of_the_nearest_digit() -> None:
+    target = load_target("digits")
+    evaluation = Evaluation.prepare(target, 40, torch.device("cpu"))
+    assert evaluation.metrics(evaluation.data, evaluation.data)["class_accuracy"] == 1.0
+    moved = evaluation.data.roll(1, dims=0)  # every image under its neighbour's class
+    assert evaluation.metrics(moved, evaluation.data)["class_accuracy"] == 0.0
