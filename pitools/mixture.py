@@ -234,7 +234,6 @@ class GaussianMixture:
         own = self.variance * (g.square().sum(-1, keepdim=True) / 2)
         return self.log_weights + shrink * (inner + own) + (self.channels / 2) * shrink.log(), shrink
 
-
     def _denoise(self, ratio: _Ratio) -> Tensor:
         """Σ_k A'_k μ'_k."""
         logits, shrink = self._logits(ratio)

@@ -7,7 +7,6 @@ Every step but the last may be tempered (paper, B.1).
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from pitools.path import segments, shift_time
 from pitools.rollout import integrate
 from pitools.solvers import Solver
-from pitools.types import Conditions, Student, Tempered
+from pitools.types import Conditions, Schedule, Student, Tempered
 
 
 @torch.no_grad()
@@ -40,8 +39,13 @@ def sample(
     Raises `ValueError` for an nfe below 1, a shift, scale or temperature that is not positive, and a
     temperature other than 1 for a policy that has none.
     """
-    given = {"nfe": nfe, "shift": shift, "final_step_scale": final_step_scale, "temperature": temperature}
-    schedule = replace(student.schedule, **{key: value for key, value in given.items() if value is not None})
+    own = student.schedule
+    schedule = Schedule(
+        nfe=own.nfe if nfe is None else nfe,
+        shift=own.shift if shift is None else shift,
+        final_step_scale=own.final_step_scale if final_step_scale is None else final_step_scale,
+        temperature=own.temperature if temperature is None else temperature,
+    )
     warmth = schedule.temperature if schedule.temperature != "auto" else auto_temperature(schedule.nfe)
     factorisation = student.factorisation
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))

@@ -126,7 +126,9 @@ class Factorisation:
         try:
             packed = rearrange(latents, self.pattern, **dict(self.sizes))
         except Exception as error:
-            raise ValueError(f"latents {tuple(latents.shape)} do not fit '{self.pattern}' {self.sizes or ''}") from error
+            raise ValueError(
+                f"latents {tuple(latents.shape)} do not fit '{self.pattern}' {self.sizes or ''}"
+            ) from error
         if packed.ndim != 3:
             raise ValueError(f"the pattern '{self.pattern}' must lead to [B, L, C], not {tuple(packed.shape)}")
         return packed

@@ -16,7 +16,13 @@ PITOOLS = [sys.executable, "-c", "from pitools.cli import main; main()"]
 
 def pitools(*args: str, cwd: Path, code: int = 0) -> str:
     run = subprocess.run(
-        [*PITOOLS, *args], cwd=cwd, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "COLUMNS": "120"}
+        [*PITOOLS, *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "120"},
     )
     assert run.returncode == code, run.stdout + run.stderr
     return run.stdout + run.stderr
@@ -57,7 +63,20 @@ def test_toy_writes_its_folder_and_the_same_seed_gives_the_same_metrics(tmp_path
 
 
 def test_toy_compares_all_policies(tmp_path: Path) -> None:
-    pitools("toy", "--policy", "gm,dx,polynomial,shortcut", "--target", "moons", "--steps", "2", "--nfe", "1,2", "--out", "run", cwd=tmp_path)
+    pitools(
+        "toy",
+        "--policy",
+        "gm,dx,polynomial,shortcut",
+        "--target",
+        "moons",
+        "--steps",
+        "2",
+        "--nfe",
+        "1,2",
+        "--out",
+        "run",
+        cwd=tmp_path,
+    )
     rows = metrics(tmp_path / "run")["students"]
     assert [(row["policy"], row["nfe"]) for row in rows] == [
         (name, nfe) for name in ("gm", "dx", "polynomial", "shortcut") for nfe in (1, 2)
@@ -75,14 +94,19 @@ def test_toy_takes_every_target_in_the_plane(target: str, tmp_path: Path) -> Non
 
 
 def test_toy_digits(tmp_path: Path) -> None:
-    pitools("toy", "--target", "digits", "--steps", "2", "--nfe", "1", "--components", "4", "--out", "run", cwd=tmp_path)
+    pitools(
+        "toy", "--target", "digits", "--steps", "2", "--nfe", "1", "--components", "4", "--out", "run", cwd=tmp_path
+    )
     assert metrics(tmp_path / "run")["teacher"]["class_accuracy"] == 1.0
     assert (tmp_path / "run" / "trajectories.png").stat().st_size > 0
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*PITOOLS, "toy", "--policy", "gm,dx", "--nfe", "1", "--components", "4", "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*PITOOLS, "toy", "--policy", "gm,dx", "--nfe", "1", "--components", "4", "--out", "run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     config = tmp_path / "run" / "config.json"
     deadline = time.monotonic() + 60

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -69,14 +70,19 @@ def quadrature_1d(weight: Callable[[float], float], centre: float, width: float)
     """The mass, mean and second moment of an unnormalised density on the line."""
     points = np.linspace(centre - width, centre + width, 41)
     return tuple(
-        sum(quadrature.quad(lambda z, p=p: z**p * weight(z), a, b, epsabs=0, epsrel=1e-10)[0] for a, b in zip(points, points[1:]))
+        sum(
+            quadrature.quad(lambda z, p=p: z**p * weight(z), a, b, epsabs=0, epsrel=1e-10)[0]
+            for a, b in pairwise(points)
+        )
         for p in range(3)
     )
 
 
 @pytest.mark.parametrize("variances", [[0.3, 0.3, 0.3], [0.05, 0.5, 1.2]])
 @pytest.mark.parametrize(("t_src", "t"), [(1.0, 0.7), (1.0, 0.2), (0.8, 0.5), (0.6, 0.59)])
-def test_posterior_moments_and_density_agree_with_quadrature_in_1d(variances: list[float], t_src: float, t: float) -> None:
+def test_posterior_moments_and_density_agree_with_quadrature_in_1d(
+    variances: list[float], t_src: float, t: float
+) -> None:
     means, weights = [-1.5, 0.2, 1.0], [0.5, 0.2, 0.3]
     gm = GaussianMixture(f64(means)[:, None], f64(weights).log(), f64(variances))
     x_src, x_t = f64([[0.4]]), f64([[0.25]])
@@ -108,7 +114,8 @@ def test_posterior_mean_agrees_with_quadrature_in_2d(variances: list[float]) -> 
     def weight(y: float, x: float) -> float:
         z = np.array([x, y])
         q = sum(
-            w / v * math.exp(-((z - m) @ (z - m)) / (2 * v)) for w, m, v in zip([0.3, 0.7], means, variances, strict=True)
+            w / v * math.exp(-((z - m) @ (z - m)) / (2 * v))
+            for w, m, v in zip([0.3, 0.7], means, variances, strict=True)
         )
         near = ((x_t - (1 - t) * z) ** 2).sum() / t**2 - ((x_src - (1 - t_src) * z) ** 2).sum() / t_src**2
         return q * math.exp(-near / 2)
@@ -193,7 +200,9 @@ def test_equivariant_under_permutation_shift_and_rotation(case: Case) -> None:
 
     turn = torch.linalg.qr(randn(random(2), prior.channels, prior.channels)).Q
     turned = GaussianMixture(policy.means @ turn, policy.log_weights, policy.variance)
-    assert ((turned.velocity(case.x_t @ turn, case.t, case.x_src @ turn, case.t_src) - u @ turn).abs() < tolerance).all()
+    assert (
+        (turned.velocity(case.x_t @ turn, case.t, case.x_src @ turn, case.t_src) - u @ turn).abs() < tolerance
+    ).all()
 
 
 @given(cases())
@@ -214,7 +223,9 @@ def test_temperature_is_exact_for_one_component(case: Case, temperature: float) 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.5])
 @pytest.mark.parametrize("variances", [[0.02, 0.02, 0.02], [0.01, 0.05, 0.2]])
-def test_temperature_approaches_the_normalised_power_of_far_components(temperature: float, variances: list[float]) -> None:
+def test_temperature_approaches_the_normalised_power_of_far_components(
+    temperature: float, variances: list[float]
+) -> None:
     means = f64([-12.0, 0.0, 9.0])[:, None]
     gm = GaussianMixture(means, f64([0.2, 0.5, 0.3]).log(), f64(variances))
 
@@ -337,9 +348,7 @@ def test_time_is_aligned_with_the_leading_dimension() -> None:
     g = random(5)
     gm = GaussianMixture(randn(g, 4, 4, 3, 2), randn(g, 4, 4, 3), 0.2)  # B = L = 4: a wrong broadcast would pass
     x, t = randn(g, 4, 4, 2), f64([0.2, 0.4, 0.6, 0.8])
-    alone = [
-        GaussianMixture(gm.means[i], gm.log_weights[i], 0.2).velocity(x[i], float(t[i])) for i in range(4)
-    ]
+    alone = [GaussianMixture(gm.means[i], gm.log_weights[i], 0.2).velocity(x[i], float(t[i])) for i in range(4)]
     torch.testing.assert_close(gm.velocity(x, t), torch.stack(alone))
 
 
@@ -357,7 +366,7 @@ BAD = {
 
 @pytest.mark.parametrize("make", BAD.values(), ids=BAD.keys())
 def test_a_bad_mixture_is_refused(make: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match="means|log_weights|variance"):
+    with pytest.raises(ValueError, match=r"means|log_weights|variance"):
         make()
 
 
@@ -376,7 +385,9 @@ def test_bad_questions_are_refused() -> None:
         "one value for each of the 5": lambda: gm.velocity(x, torch.full((4,), 0.5)),
         "temperature": lambda: gm.tempered(0.0),
         "rate": lambda: gm.dropped(1.0),
-        "zero and positive": lambda: GaussianMixture(gm.means, gm.log_weights, torch.tensor([0.0, 0.1, 0.1])).tempered(0.5),
+        "zero and positive": lambda: GaussianMixture(gm.means, gm.log_weights, torch.tensor([0.0, 0.1, 0.1])).tempered(
+            0.5
+        ),
     }
     for message, question in questions.items():
         with pytest.raises(ValueError, match=message):

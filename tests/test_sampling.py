@@ -11,6 +11,7 @@ from pitools import DXPolicy, Factorisation, GaussianMixture, GMPolicy, Policy, 
 from pitools.sampling import auto_temperature
 from pitools.types import PIXELWISE, POINTS, Conditions, Time
 
+THREE_STEPS, SHIFTED = Schedule(nfe=3), Schedule(nfe=2, shift=2.0)
 PRIOR = GaussianMixture(2 * randn(random(0), 5, 2), torch.zeros(5), 0.1)
 
 
@@ -18,10 +19,9 @@ PRIOR = GaussianMixture(2 * randn(random(0), 5, 2), torch.zeros(5), 0.1)
 class ExactStudent:
     """Answers with the exact posterior of PRIOR."""
 
-    schedule: Schedule = Schedule(nfe=3)
+    schedule: Schedule = THREE_STEPS
     factorisation: Factorisation = POINTS
     looks: list[tuple[float, Conditions | None]] = field(default_factory=list)
-
 
     def __call__(self, x_src: Tensor, t_src: Time, conditions: Conditions | None = None) -> Policy:
         self.looks.append((float(t_src), conditions))
@@ -66,13 +66,15 @@ def test_the_published_temperature_rule() -> None:
     assert [auto_temperature(n) for n in (1, 2, 4, 8, 11, 50)] == pytest.approx([1, 0.1, 0.3, 0.7, 1, 1])
     noise = randn(random(1), 20, 2)
     auto = sample(ExactStudent(Schedule(nfe=4, temperature="auto")), noise)
-    torch.testing.assert_close(auto, sample(ExactStudent(Schedule(nfe=4)), noise, temperature=0.3), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        auto, sample(ExactStudent(Schedule(nfe=4)), noise, temperature=0.3), rtol=1e-9, atol=1e-9
+    )
 
 
 def test_images_come_back_as_images() -> None:
     @dataclass
     class Grid:
-        schedule: Schedule = Schedule(nfe=2, shift=2.0)
+        schedule: Schedule = SHIFTED
         factorisation: Factorisation = PIXELWISE
 
         def __call__(self, x_src: Tensor, t_src: Time, conditions: Conditions | None = None) -> Policy:
@@ -89,5 +91,3 @@ def test_bad_schedules_are_refused() -> None:
     for bad in ({"nfe": 0}, {"shift": -1.0}, {"final_step_scale": 0.0}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             sample(ExactStudent(), torch.zeros(1, 2), **bad)
-
-

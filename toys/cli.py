@@ -27,7 +27,8 @@ def toy(
     seed: Annotated[int, typer.Option(help="Seed of the students; the evaluation's noises are always the same.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the GPU if there is one.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write, new or empty.  [default: runs/toy-TARGET-POLICY]", show_default=False)
+        Path | None,
+        typer.Option(help="Folder to write, new or empty.  [default: runs/toy-TARGET-POLICY]", show_default=False),
     ] = None,
 ) -> None:
     """Distil an exact teacher into few-step students, and show what happened.

@@ -24,7 +24,8 @@ class Training:
 
     steps: optimiser steps.  batch: noises a step.  learning_rate: Adam's, warmed up over 50 steps and brought
     to 0 along a cosine.  states: teacher queries for each sample and segment.  step_size: raw length of a
-    substep of the training roll-outs.  floor: raw time below which no state is drawn.  dropout: rate of GM dropout.  ema_gamma: Karras's γ.
+    substep of the training roll-outs.  floor: raw time below which no state is drawn.  dropout: rate of GM
+    dropout.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
     """
 
     steps: int

@@ -87,4 +87,3 @@ class Evaluation:
         """The share of samples whose nearest data point is of the class that was asked for."""
         nearest = torch.stack([torch.cdist(x, prior.means).amin(1) for prior in self.target.priors], dim=1)
         return float((nearest.argmin(1) == labels).double().mean())
-

@@ -24,7 +24,6 @@ from toys.network import ToyStudent
 from toys.targets import Target, load_target
 
 
-
 @dataclass(frozen=True)
 class Defaults:
     """What a kind of target asks for, unless told otherwise."""
@@ -143,6 +142,15 @@ class Trained:
     student: ToyStudent
 
 
+@dataclass(frozen=True)
+class Results:
+    """The contents of metrics.json: the teacher's metrics, a row for each student and NFE, the time it took."""
+
+    teacher: Mapping[str, float]
+    students: Sequence[Mapping[str, float | str]]
+    seconds: float
+
+
 def run(experiment: Experiment, console: Console) -> bool:
     """Train, evaluate, print the table and write `experiment.out`; True if Ctrl-C cut the training short.
 
@@ -171,9 +179,8 @@ def run(experiment: Experiment, console: Console) -> bool:
 
     with console.status("Comparing with the teacher"):
         evaluation = Evaluation.prepare(target, experiment.samples, device)
-        results = _evaluate(experiment, evaluation, trained)
-    results["seconds"] = round(time.perf_counter() - start, 2)
-    (experiment.out / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+        results = _evaluate(experiment, evaluation, trained, start)
+    (experiment.out / "metrics.json").write_text(json.dumps(asdict(results), indent=2) + "\n")
     console.print(_table(experiment, results))
 
     from toys.plots import plot_samples, plot_trajectories
@@ -222,15 +229,15 @@ def _train(
     return Trained(policy, nfes, ema.steps, ema.module)
 
 
-def _evaluate(experiment: Experiment, evaluation: Evaluation, trained: Sequence[Trained]) -> dict[str, object]:
+def _evaluate(experiment: Experiment, evaluation: Evaluation, trained: Sequence[Trained], start: float) -> Results:
     reference = evaluation.teacher(trained[0].student.schedule, experiment.nfes[0])
-    rows: list[dict[str, object]] = []
+    rows: list[Mapping[str, float | str]] = []
     for one in trained:
         for nfe in one.nfes:
             teacher = evaluation.teacher(one.student.schedule, nfe)
             metrics = evaluation.metrics(evaluation.student(one.student, nfe), teacher)
             rows.append({"policy": one.policy, "nfe": nfe, "steps": one.steps, **metrics})
-    return {"teacher": evaluation.metrics(reference, reference), "students": rows}
+    return Results(evaluation.metrics(reference, reference), rows, round(time.perf_counter() - start, 2))
 
 
 def _progress(console: Console) -> Progress:
@@ -258,25 +265,23 @@ HEADINGS = {
 }
 
 
-def _table(experiment: Experiment, results: Mapping[str, object]) -> Table:
+def _table(experiment: Experiment, results: Results) -> Table:
     """The teacher, then each student at each NFE."""
-    teacher, students = results["teacher"], results["students"]
-    assert isinstance(teacher, dict) and isinstance(students, list)
-    table = Table(title=f"{experiment.target}, {experiment.samples:,} noises, {results['seconds']} s")
+    table = Table(title=f"{experiment.target}, {experiment.samples:,} noises, {results.seconds} s")
     table.add_column("policy")
     table.add_column("NFE", justify="right")
-    for key in teacher:
+    for key in results.teacher:
         table.add_column(HEADINGS[key], justify="right")
-    table.add_row("teacher", "128", *(_show(key, value) for key, value in teacher.items()))
-    for row in students:
-        table.add_row(row["policy"], str(row["nfe"]), *(_show(key, row[key]) for key in teacher))
+    table.add_row("teacher", "128", *(_show(key, value) for key, value in results.teacher.items()))
+    for row in results.students:
+        table.add_row(str(row["policy"]), str(row["nfe"]), *(_show(key, row[key]) for key in results.teacher))
     return table
 
 
-def _show(key: str, value: float) -> str:
+def _show(key: str, value: float | str) -> str:
     if key in PERCENTAGES:
-        return f"{100 * value:.2f} %"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
+        return f"{value:.2%}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _device(name: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DATA, TEACHER, STUDENT, LOOK = "#b8bec9", "#3d4452", "#d1495b", "#00798c"
 SHOWN_POINTS = 4000
-PATHS = 24
+PATHS = 20
 SHEET_COLUMNS = 20
 FRAMES = 9
 
@@ -65,21 +65,36 @@ def plot_trajectories(path: Path, evaluation: Evaluation, students: Sequence[Stu
     limit, background = _limit(evaluation), evaluation.data[:SHOWN_POINTS].cpu()
     figure, axes = _panels(len(paths))
     for axis, (title, states, looks) in zip(axes, paths, strict=True):
-        axis.scatter(background[:, 0], background[:, 1], s=1, color=DATA, alpha=0.3, linewidths=0, rasterized=True)
+        axis.scatter(background[:, 0], background[:, 1], s=1, color=DATA, alpha=0.4, linewidths=0, rasterized=True)
         for sample in range(count):
             truth, line, dots = (z[:, sample].cpu() for z in (teacher, states, looks))
-            axis.plot(truth[:, 0], truth[:, 1], color=TEACHER, linewidth=2.2, alpha=0.35, label="exact teacher")
-            axis.plot(line[:, 0], line[:, 1], color=STUDENT, linewidth=0.9, marker=".", markersize=1.5, label="policy")
-            axis.scatter(dots[:, 0], dots[:, 1], s=14, color=LOOK, zorder=3, label="network evaluation")
+            axis.plot(truth[:, 0], truth[:, 1], color=TEACHER, linewidth=4, alpha=0.3, label="exact teacher")
+            axis.plot(
+                line[:, 0],
+                line[:, 1],
+                color=STUDENT,
+                linewidth=0.8,
+                marker=".",
+                markersize=2.5,
+                label="policy, substeps",
+            )
+            axis.scatter(
+                dots[:, 0],
+                dots[:, 1],
+                s=16,
+                color=LOOK,
+                edgecolors="white",
+                linewidths=0.6,
+                zorder=3,
+                label="network evaluation",
+            )
         _frame(axis, title, limit)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles[:3], labels[:3], loc="outside lower center", ncols=3, frameon=False)
     _save(figure, path)
 
 
-def student_path(
-    student: ToyStudent, noise: Tensor, nfe: int, conditions: Conditions | None
-) -> tuple[Tensor, Tensor]:
+def student_path(student: ToyStudent, noise: Tensor, nfe: int, conditions: Conditions | None) -> tuple[Tensor, Tensor]:
     """All states `[S + 1, B, *shape]` of a student's roll-out, and those `[nfe, B, *shape]` that it looked at."""
     schedule, factorisation = student.schedule, student.factorisation
     x, states, looks = noise, [noise.unsqueeze(0)], []
@@ -107,7 +122,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
     columns = min(count, 5)
     rows = -(-count // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.4 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(3.5 * columns, 3.7 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
     return figure, axes
@@ -146,4 +161,4 @@ def _film(path: Path, runs: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")

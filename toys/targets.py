@@ -96,7 +96,9 @@ class Target:
             raise ValueError(f'the target {self.name} is class-conditional: pass conditions={{"class_labels": [B]}}')
         labels = conditions["class_labels"]
         if labels.shape != (count,) or not bool(((labels >= 0) & (labels < self.classes)).all()):
-            raise ValueError(f"class_labels must be {count} integers in 0..{self.classes - 1}, got {tuple(labels.shape)}")
+            raise ValueError(
+                f"class_labels must be {count} integers in 0..{self.classes - 1}, got {tuple(labels.shape)}"
+            )
         groups = [(prior, (labels == label).nonzero().squeeze(1)) for label, prior in enumerate(self.priors)]
         return [(prior, rows) for prior, rows in groups if len(rows)]
 

@@ -1,11 +1,12 @@
 """Metrics on sets of points `[S, D]`, one row a sample.
 
-    sliced Wasserstein   SW₂² = E_θ W₂²(θ·x, θ·y), θ uniform on the sphere, by sorting projections
-    energy distance      D² = 2 E‖x - y‖ - E‖x - x'‖ - E‖y - y'‖                    (Székely & Rizzo 2013)
+sliced Wasserstein   SW₂² = E_θ W₂²(θ·x, θ·y), θ uniform on the sphere, by sorting projections
+energy distance      D² = 2 E‖x - y‖ - E‖x - x'‖ - E‖y - y'‖                    (Székely & Rizzo 2013)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
         raise ValueError(f"two point sets must be [S, D] and [R, D], got {tuple(x.shape)} and {tuple(y.shape)}")
     within = [2 * float(torch.pdist(z).sum(dtype=torch.float64)) / len(z) ** 2 for z in (x, y)]
     between = float(torch.cdist(x, y, compute_mode=EXACT).mean(dtype=torch.float64))
-    return max(2 * between - sum(within), 0.0) ** 0.5
+    return math.sqrt(max(2 * between - sum(within), 0.0))
 
 
 def endpoint_rmse(x: Tensor, reference: Tensor) -> float:

@@ -40,7 +40,8 @@ class GMPolicy:
         means = self.mixture.means
         if means.ndim != 4 or (*means.shape[:2], means.shape[-1]) != (batch, factors, channels):
             raise ValueError(
-                f"the mixture's means must be [B, L, K, C] = [{batch}, {factors}, K, {channels}], got {tuple(means.shape)}"
+                f"the mixture's means must be [B, L, K, C] = [{batch}, {factors}, K, {channels}], "
+                f"got {tuple(means.shape)}"
             )
         as_time("t_src", self.t_src, self.x_src)
 

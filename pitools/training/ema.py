@@ -13,7 +13,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -37,5 +36,5 @@ class EMA(Generic[M]):
         beta = (1 - 1 / self.steps) ** (self.gamma + 1)
         for average, value in zip(self.module.parameters(), module.parameters(), strict=True):
             average.lerp_(value, 1 - beta)
-        for average, value in zip(self.module.buffers(), module.buffers(), strict=True):
-            average.copy_(value)
+        for copied, current in zip(self.module.buffers(), module.buffers(), strict=True):
+            copied.copy_(current)

@@ -41,7 +41,9 @@ def wrong_policy(x_src: Tensor, t_src: Time, seed: int = 3) -> tuple[GMPolicy, T
 def test_an_exact_policy_has_no_loss_and_no_gradient(t_src: float, t_dst: float) -> None:
     x_src = randn(random(4), 64, 2)
     policy = exact_policy(x_src, t_src)
-    result = imitation_loss(Teacher(), policy, x_src, t_src, t_dst, factorisation=POINTS, states=3, floor=0.02, generator=random(5))
+    result = imitation_loss(
+        Teacher(), policy, x_src, t_src, t_dst, factorisation=POINTS, states=3, floor=0.02, generator=random(5)
+    )
     assert result.loss.shape == (64,)
     assert result.loss.max() < 1e-20
     (gradient,) = torch.autograd.grad(result.loss.sum(), policy.mixture.means)
@@ -76,7 +78,7 @@ def test_the_loss_is_that_of_an_independent_loop() -> None:
 
 def test_the_rollout_carries_no_gradient() -> None:
     x_src = randn(random(4), 16, 2).requires_grad_()
-    policy, means = wrong_policy(x_src, 0.9)
+    policy, _ = wrong_policy(x_src, 0.9)
     result = imitation_loss(Teacher(), policy, x_src, 0.9, 0.3, factorisation=POINTS, generator=random(5))
     assert not result.x_dst.requires_grad
     assert result.loss.requires_grad
@@ -91,7 +93,16 @@ def test_states_are_even_in_raw_time_and_inside_the_segment(shift: float) -> Non
     teacher, x_src = Teacher(), randn(random(4), 2000, 2)
     policy, _ = wrong_policy(x_src, 0.9)
     imitation_loss(
-        teacher, policy, x_src, 0.9, 0.2, factorisation=POINTS, states=3, shift=shift, step_size=0.1, generator=random(5)
+        teacher,
+        policy,
+        x_src,
+        0.9,
+        0.2,
+        factorisation=POINTS,
+        states=3,
+        shift=shift,
+        step_size=0.1,
+        generator=random(5),
     )
     t = torch.stack([t for _, t, _ in teacher.asked])
     assert t.shape == (3, 2000)
@@ -105,7 +116,9 @@ def test_states_are_even_in_raw_time_and_inside_the_segment(shift: float) -> Non
 def test_no_state_lies_below_the_floor() -> None:
     teacher, x_src = Teacher(), randn(random(4), 4000, 2)
     policy, _ = wrong_policy(x_src, 1.0)
-    imitation_loss(teacher, policy, x_src, 1.0, 0.0, factorisation=POINTS, floor=0.1, step_size=0.1, generator=random(5))
+    imitation_loss(
+        teacher, policy, x_src, 1.0, 0.0, factorisation=POINTS, floor=0.1, step_size=0.1, generator=random(5)
+    )
     lowest = min(float(t.min()) for _, t, _ in teacher.asked)
     assert 0.1 <= lowest < 0.11
 
@@ -126,7 +139,16 @@ def test_float32_never_asks_for_a_velocity_at_zero() -> None:
 def test_every_sample_may_have_its_own_segment() -> None:
     x_src = randn(random(4), 8, 2)
     t_src, t_dst = torch.linspace(0.5, 1.0, 8).double(), torch.linspace(0.0, 0.4, 8).double()
-    result = imitation_loss(Teacher(), exact_policy(x_src, t_src), x_src, t_src, t_dst, factorisation=POINTS, floor=0.02, generator=random(5))
+    result = imitation_loss(
+        Teacher(),
+        exact_policy(x_src, t_src),
+        x_src,
+        t_src,
+        t_dst,
+        factorisation=POINTS,
+        floor=0.02,
+        generator=random(5),
+    )
     assert result.loss.max() < 1e-20
 
 

@@ -12,7 +12,7 @@ from mixtures import randn, random
 from torch import Tensor
 
 import pitools.policies
-from pitools import DXPolicy, GaussianMixture, GMPolicy, PolynomialPolicy, Policy, ShortcutPolicy, integrate
+from pitools import DXPolicy, GaussianMixture, GMPolicy, Policy, PolynomialPolicy, ShortcutPolicy, integrate
 from pitools.policies import DXHead, GMHead, Head, Outputs, PolynomialHead, Segment, ShortcutHead
 from pitools.types import Time
 
@@ -57,7 +57,9 @@ def make(build: Build, t_src: Time = T_SRC, dtype: torch.dtype = torch.float64, 
 def test_every_public_policy_is_listed() -> None:
     public = {name for name in dir(pitools.policies) if name.endswith("Policy")}
     assert public == {type(make(build)[0]).__name__ for build in POLICIES.values()}
-    assert {name for name in dir(pitools.policies) if name.endswith("Head")} - {"Head"} == {type(h).__name__ for h in HEADS}
+    assert {name for name in dir(pitools.policies) if name.endswith("Head")} - {"Head"} == {
+        type(h).__name__ for h in HEADS
+    }
 
 
 @everywhere
@@ -82,7 +84,10 @@ def test_velocity_has_the_states_shape_and_each_sample_its_own_time(build: Build
 @everywhere
 def test_a_number_a_0d_tensor_and_a_vector_are_the_same_time(build: Build) -> None:
     policy, x = make(build, t_src=0.9)
-    answers = [policy.velocity(x, t) for t in (0.4, torch.tensor(0.4, dtype=torch.float64), torch.full((B,), 0.4, dtype=torch.float64))]
+    answers = [
+        policy.velocity(x, t)
+        for t in (0.4, torch.tensor(0.4, dtype=torch.float64), torch.full((B,), 0.4, dtype=torch.float64))
+    ]
     assert torch.equal(answers[0], answers[1])
     torch.testing.assert_close(answers[0], answers[2], rtol=1e-14, atol=1e-14)
 
@@ -113,7 +118,9 @@ def test_detach_keeps_the_field_and_drops_the_graph(build: Build) -> None:
     x = randn(random(1), B, L, C)
     if policy.velocity(x, 0.2).requires_grad:  # a mixture over x_0 given as such may not depend on x_src's graph
         assert not policy.detach().velocity(x, 0.2).requires_grad
-    torch.testing.assert_close(policy.detach().velocity(x, 0.2), policy.velocity(x, 0.2).detach(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        policy.detach().velocity(x, 0.2), policy.velocity(x, 0.2).detach(), rtol=1e-13, atol=1e-13
+    )
 
 
 @everywhere
@@ -136,7 +143,7 @@ def test_half_precision_is_lifted(build: Build) -> None:
 def test_bad_questions_are_refused(build: Build) -> None:
     policy, x = make(build)
     for t in (0.0, -0.1, 0.5, 1.1, math.nan, torch.full((L,), 0.1)):  # 0.5 is above the third sample's t_src
-        with pytest.raises(ValueError, match="t must|t_src"):
+        with pytest.raises(ValueError, match=r"t must|t_src"):
             policy.velocity(x, t)
     for wrong in (x[:, :-1], x[..., :1], x[0], x[:1]):
         with pytest.raises(ValueError, match="x_t must"):
@@ -175,5 +182,3 @@ def test_heads_refuse_a_size_of_zero() -> None:
     for head in (GMHead, DXHead, PolynomialHead):
         with pytest.raises(ValueError, match="at least 1"):
             head(0)
-
-

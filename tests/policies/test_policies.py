@@ -94,7 +94,9 @@ def test_gm_in_velocity_space_is_the_gm_over_x0(seed: int, components: int) -> N
     u, t = randn(g, B, L, C), t_src[:, None, None]
     in_u = GaussianMixture(u_means, logits, (2 * log_std).exp()[:, None, None])
     jacobian = C * t_src.log()[:, None]
-    torch.testing.assert_close(policy.mixture.log_prob(x_src - t * u), in_u.log_prob(u) - jacobian, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        policy.mixture.log_prob(x_src - t * u), in_u.log_prob(u) - jacobian, rtol=1e-8, atol=1e-8
+    )
 
 
 def test_gm_is_valid_to_zero_and_answers_to_the_state() -> None:

@@ -82,7 +82,7 @@ def test_training_stops_when_asked_and_at_a_loss_that_is_not_finite() -> None:
     assert ema.steps == 2
     with torch.no_grad():
         student.outlet.weight[0, 0] = math.nan
-    with pytest.raises((RuntimeError, ValueError), match="loss|NaN"):
+    with pytest.raises((RuntimeError, ValueError), match=r"loss|NaN"):
         distill(student, target, [1], SHORT, 0)
 
 
