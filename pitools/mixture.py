@@ -26,6 +26,7 @@ The result does not depend on r, so m and w carry no gradient.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class GaussianMixture:
     def __init__(self, means: Tensor, log_weights: Tensor, variance: Tensor | float) -> None:
         if means.ndim < 2:
             raise ValueError(f"means must be [..., K, C], got shape {tuple(means.shape)}")
+        if 0 in means.shape[-2:]:
+            raise ValueError(f"means must hold at least one component and channel, got {tuple(means.shape)}")
         if log_weights.shape != means.shape[:-1]:
             raise ValueError(
                 f"log_weights must be [..., K] = {tuple(means.shape[:-1])} for means {tuple(means.shape)}, "
@@ -94,7 +97,10 @@ class GaussianMixture:
 
     def detach(self) -> Self:
         """The same mixture without a graph."""
-        return type(self)(self.means.detach(), self.log_weights.detach(), self.variance.detach())
+        twin = copy.copy(self)  # nothing to check again
+        for name in ("means", "log_weights", "variance"):
+            object.__setattr__(twin, name, getattr(self, name).detach())
+        return twin
 
     def mean(self) -> Tensor:
         """`[..., C]`, the mean of the mixture."""
@@ -119,6 +125,8 @@ class GaussianMixture:
         batch = self.log_weights.shape[:-1]
         weights = self.log_weights.exp().reshape(-1, self.components)
         means = self.means.reshape(-1, self.components, self.channels)
+        if count == 0:
+            return means.new_empty(*shape, *batch, self.channels)
         picks = torch.multinomial(weights, count, replacement=True, generator=generator)  # [batch, count]
         centres = means.gather(1, picks.unsqueeze(-1).expand(-1, -1, self.channels))
         deviation = self.variance.sqrt().expand(self.log_weights.shape).reshape(-1, self.components).gather(1, picks)
@@ -129,9 +137,9 @@ class GaussianMixture:
     def condition(self, x_t: Tensor, t: Time, x_src: Tensor | None = None, t_src: Time = 1.0) -> GaussianMixture:
         """The posterior over x_0 at (x_t, t), given that this mixture is the one at (x_src, t_src) (Eq. 23).
 
-        x_t: `[..., C]`, whose leading dimensions broadcast with the mixture's; x_src: of x_t's shape, and
-        not needed at t_src = 1, where the mixture is a prior.  t, t_src: float, 0-d or `[B]`, aligned
-        with x_t's leading dimension, 0 < t <= t_src <= 1.
+        x_t: `[..., C]`, for one mixture or for a batch of them with as many leading dimensions, which
+        broadcast.  x_src: of x_t's shape; not needed at t_src = 1, where the mixture is a prior.
+        t, t_src: float, 0-d or `[B]`, aligned with x_t's leading dimension, 0 < t <= t_src <= 1.
         Raises `ValueError` for shapes that do not match, times out of range, or a missing x_src.
         """
         ratio = self._ratio(x_t, t, x_src, t_src)
@@ -159,7 +167,7 @@ class GaussianMixture:
         """
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive number, got {temperature}")
-        logits = self.log_weights / temperature
+        logits = (self.log_weights - self.log_weights.amax(-1, keepdim=True)) / temperature
         widest = self.variance.amax(-1, keepdim=True) if self.variance.ndim else self.variance
         if not torch.equal(self.variance, widest.expand_as(self.variance)):
             if not bool((self.variance > 0).all()):
@@ -203,6 +211,11 @@ class GaussianMixture:
     def _ratio(self, x_t: Tensor, t: Time, x_src: Tensor | None, t_src: Time) -> _Ratio:
         """λ and η of the likelihood ratio, checked."""
         self._check_state("x_t", x_t)
+        if self.log_weights.ndim > 1 and self.log_weights.ndim != x_t.ndim:
+            raise ValueError(
+                f"x_t {tuple(x_t.shape)} must have as many leading dimensions as the batch of mixtures "
+                f"{tuple(self.log_weights.shape[:-1])}: times are aligned with the first one"
+            )
         x_t = x_t.to(torch.promote_types(x_t.dtype, self.means.dtype))
         source = as_time("t_src", t_src, x_t)
         time = as_time("t", t, x_t, maximum=source)
@@ -253,7 +266,7 @@ class _Ratio:
 
 def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
     """Σ_k weights_k means_k: `[..., K]` and `[..., K, C]` to `[..., C]`."""
-    return (weights.unsqueeze(-2) @ means).squeeze(-2)
+    return (weights.unsqueeze(-2) @ means.to(weights.dtype)).squeeze(-2)
 
 
 def _broadcasts(shape: Sequence[int], onto: Sequence[int], strict: bool = False) -> bool:

@@ -20,13 +20,16 @@ from pitools.types import Schedule, Time
 
 T = TypeVar("T", float, Tensor)
 
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+
 
 def as_time(name: str, t: Time, like: Tensor, *, maximum: Time = 1.0, zero: bool = False) -> Tensor:
     """`t` as a 0-d tensor or `[B]` on `like`'s device, in its dtype (float32 at least), checked.
 
     Raises `ValueError` unless t is a float, a 0-d tensor or `[B]` with B = `like.shape[0]`, and every
     value lies in (0, maximum], or [0, maximum] where `zero` is set. A maximum that is a tensor is
-    one time for each sample.
+    one time for each sample. What exceeds it by no more than float32 rounding, as the same number does
+    after a trip through another dtype, is taken to be the maximum.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     time = torch.as_tensor(t, dtype=dtype, device=like.device)
@@ -35,14 +38,21 @@ def as_time(name: str, t: Time, like: Tensor, *, maximum: Time = 1.0, zero: bool
             f"{name} must be a number, a 0-d tensor or one value for each of the {like.shape[0]} samples, "
             f"got shape {tuple(time.shape)} for a state {tuple(like.shape)}"
         )
-    inside = ((time >= 0) if zero else (time > 0)) & (time <= maximum)
+    limit = torch.as_tensor(maximum, dtype=dtype, device=like.device)
+    inside = ((time >= 0) if zero else (time > 0)) & (time <= limit * (1 + ROUNDING))
     if not bool(inside.all()):
-        bound = f"{maximum:g}" if isinstance(maximum, float) else "the time that it may not exceed (t_src)"
-        raise ValueError(
-            f"{name} must lie in {'[' if zero else '('}0, {bound}], got values "
-            f"from {float(time.min()):g} to {float(time.max()):g}"
+        bound = (
+            "1]"
+            if isinstance(maximum, float) and maximum == 1.0
+            else "t_src]: it may not exceed t_src, here " + _range(limit)
         )
-    return time
+        raise ValueError(f"{name} must lie in {'[' if zero else '('}0, {bound}, got {_range(time)}")
+    return torch.minimum(time, limit)
+
+
+def _range(values: Tensor) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:g}" if low == high else f"values from {low:g} to {high:g}"
 
 
 def align(t: Tensor, like: Tensor) -> Tensor:
@@ -52,33 +62,49 @@ def align(t: Tensor, like: Tensor) -> Tensor:
 
 def shift_time(raw: T, m: float) -> T:
     """t = m raw / (1 + (m - 1) raw) (paper, B.4); `raw` in [0, 1], any shape."""
-    return m * raw / (1 + (m - 1) * raw)
+    return m * raw / (m * raw + (1 - raw))  # in this form exactly 0 at 0 and 1 at 1
 
 
 def unshift_time(t: T, m: float) -> T:
     """raw = t / (m - (m - 1) t), the inverse of `shift_time`; `t` in [0, 1], any shape."""
-    return t / (m - (m - 1) * t)
+    return t / (t + m * (1 - t))
 
 
 def diffuse(x_0: Tensor, noise: Tensor, t: Time) -> Tensor:
-    """x_t = (1 - t) x_0 + t noise, for t in [0, 1]; shapes alike."""
+    """x_t = (1 - t) x_0 + t noise, for t in [0, 1]. `ValueError` for shapes that differ."""
+    _alike(x_0=x_0, noise=noise)
     time = align(as_time("t", t, x_0, zero=True), x_0)
     return (1 - time) * x_0 + time * noise
 
 
 def velocity_from_x0(x_0: Tensor, x_t: Tensor, t: Time) -> Tensor:
-    """u = (x_t - x_0) / t, for t in (0, 1] (paper, Eq. 2)."""
+    """u = (x_t - x_0) / t, for t in (0, 1] (paper, Eq. 2). `ValueError` for shapes that differ."""
+    _alike(x_0=x_0, x_t=x_t)
     return (x_t - x_0) / align(as_time("t", t, x_t), x_t)
 
 
 def x0_from_velocity(u: Tensor, x_t: Tensor, t: Time) -> Tensor:
-    """x_0 = x_t - t u, for t in [0, 1]."""
+    """x_0 = x_t - t u, for t in [0, 1]. `ValueError` for shapes that differ."""
+    _alike(u=u, x_t=x_t)
     return x_t - align(as_time("t", t, x_t, zero=True), x_t) * u
 
 
 def noise_from_velocity(u: Tensor, x_t: Tensor, t: Time) -> Tensor:
-    """eps = x_t + (1 - t) u, for t in [0, 1]."""
+    """eps = x_t + (1 - t) u, for t in [0, 1]. `ValueError` for shapes that differ."""
+    _alike(u=u, x_t=x_t)
     return x_t + (1 - align(as_time("t", t, x_t, zero=True), x_t)) * u
+
+
+def _alike(**states: Tensor) -> None:
+    if len({x.shape for x in states.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in states.items())
+        raise ValueError(f"states must have one shape, got {shapes}")
+
+
+def check_shift(shift: float) -> None:
+    """`ValueError` unless the shift m is a positive number."""
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift must be a positive number, got {shift}")
 
 
 def segments(nfe: int, final_step_scale: float = 1.0) -> tuple[float, ...]:
@@ -112,8 +138,7 @@ def substep_grid(t_src: Tensor, t_stops: Tensor, step_size: float, shift: float 
     t_src: 0-d or `[B]`.  t_stops: `[M]` or `[M, B]`, falling, in [0, t_src].
     Raises `ValueError` for a step size that is not positive, or stops that rise.
     """
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift must be a positive number, got {shift}")
+    check_shift(shift)
     if not step_size > 0:
         raise ValueError(f"step_size must be positive, got {step_size}")
     t_points = torch.stack(torch.broadcast_tensors(t_src, *t_stops))  # [M + 1] or [M + 1, B]

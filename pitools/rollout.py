@@ -70,10 +70,15 @@ def visit(
     chosen = solver(method)
     if isinstance(chosen, Adaptive):
         states = []
+        now = source
         for stop in stops:
-            x = solve_adaptive(field.velocity, x, source, stop, chosen)
+            # A sample that is already there stands still at t_src, where the field is defined.
+            moves = stop < now
+            x = solve_adaptive(
+                field.velocity, x, torch.where(moves, now, source), torch.where(moves, stop, source), chosen
+            )
             states.append(x)
-            source = stop
+            now = stop
         return torch.stack(states)
     grid = substep_grid(source, stops, step_size, shift)
     visited = [x] * len(stops)

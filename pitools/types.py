@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
-from einops import rearrange
+from einops import EinopsError, rearrange
 from torch import Tensor
 
 Time: TypeAlias = float | Tensor
@@ -92,8 +92,8 @@ class Schedule:
     temperature: float | Literal["auto"] = 1.0
 
     def __post_init__(self) -> None:
-        if self.nfe < 1:
-            raise ValueError(f"nfe must be at least 1, got {self.nfe}")
+        if not isinstance(self.nfe, int) or self.nfe < 1:
+            raise ValueError(f"nfe must be a whole number of at least 1, got {self.nfe}")
         for name in ("shift", "final_step_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -125,7 +125,7 @@ class Factorisation:
         """Latents to `[B, L, C]`. `ValueError` if the pattern does not fit their shape."""
         try:
             packed = rearrange(latents, self.pattern, **dict(self.sizes))
-        except Exception as error:
+        except EinopsError as error:
             raise ValueError(
                 f"latents {tuple(latents.shape)} do not fit '{self.pattern}' {self.sizes or ''}"
             ) from error
@@ -138,7 +138,7 @@ class Factorisation:
         left, right = (side.strip() for side in self.pattern.split("->"))
         try:
             return rearrange(packed, f"{right} -> {left}", **self._axes(left, shape))
-        except Exception as error:
+        except (EinopsError, ValueError, ZeroDivisionError) as error:
             raise ValueError(
                 f"a state {tuple(packed.shape)} does not unpack to {tuple(shape)} by '{self.pattern}'"
             ) from error

@@ -25,7 +25,7 @@ def toy(
         typer.Option(help="Optimiser steps for each student.  [default: 1000; digits 700]", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the students; the evaluation's noises are always the same.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: the GPU if there is one.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: the GPU if there is one.")] = "auto",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write, new or empty.  [default: runs/toy-TARGET-POLICY]", show_default=False),
@@ -47,6 +47,7 @@ def toy(
     """
     from rich.console import Console
 
+    from toys.distill import DivergenceError
     from toys.experiment import Experiment, run
 
     try:
@@ -61,14 +62,21 @@ def toy(
             device=device,
             out=out,
         )
+    except ValueError as error:
+        raise _failed(error) from None
+    try:
         interrupted = run(experiment, Console())
-    except (ValueError, RuntimeError, OSError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from None
+    except (DivergenceError, OSError) as error:
+        raise _failed(error) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if interrupted:
         raise typer.Exit(130)
+
+
+def _failed(error: Exception) -> typer.Exit:
+    typer.secho(f"Error: {error}", fg="red", err=True)
+    return typer.Exit(2)
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -18,6 +18,10 @@ from toys.network import ToyStudent
 from toys.targets import Target
 
 
+class DivergenceError(RuntimeError):
+    """A loss or a gradient that is not finite."""
+
+
 @dataclass(frozen=True)
 class Training:
     """Hyperparameters of one student.
@@ -51,7 +55,7 @@ def distill(
     """Train `student` in place for schedules of `nfes` steps, in turn; returns its moving average.
 
     on_step: told the step (from 1) and its loss.  stopped: asked before each step whether to end early.
-    Raises `RuntimeError` at the first loss or gradient that is not finite.
+    Raises `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
     device = next(student.parameters()).device
     ema = EMA(student, training.ema_gamma)
@@ -66,7 +70,7 @@ def distill(
         loss = _step_losses(student, target, nfe, training, generator)
         norm = nn.utils.clip_grad_norm_(student.parameters(), training.clip)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            raise RuntimeError(
+            raise DivergenceError(
                 f"step {step + 1} ({nfe} NFE): loss {loss}, gradient norm {float(norm)}; a lower learning rate may help"
             )
         optimiser.step()

@@ -53,13 +53,20 @@ class Evaluation:
     @torch.no_grad()
     def teacher(self, schedule: Schedule, nfe: int) -> Tensor:
         """The teacher's end points, Euler on the substeps that a student of `nfe` segments takes."""
-        stops = [shift_time(raw, schedule.shift) for raw in segments(nfe, schedule.final_step_scale)[1:]]
-        grid = substep_grid(torch.tensor(1.0), torch.tensor(stops), 1 / 128, schedule.shift)
-        key = tuple(grid.times.tolist())
+        stops = self._stops(schedule, nfe)
+        key = tuple(substep_grid(torch.tensor(1.0), stops, 1 / 128, schedule.shift).times.tolist())
         if key not in self._answers:
             field = Conditioned(self.target, self.conditions)
-            self._answers[key] = visit(field, self.noise, 1.0, torch.tensor(stops), shift=schedule.shift)[-1]
+            self._answers[key] = visit(field, self.noise, 1.0, stops, shift=schedule.shift)[-1]
         return self._answers[key]
+
+    def teacher_steps(self, schedule: Schedule, nfe: int) -> int:
+        """How many steps the teacher takes on that grid."""
+        return len(substep_grid(torch.tensor(1.0), self._stops(schedule, nfe), 1 / 128, schedule.shift).times) - 1
+
+    def _stops(self, schedule: Schedule, nfe: int) -> Tensor:
+        raw = segments(nfe, schedule.final_step_scale)[1:]
+        return torch.tensor([shift_time(boundary, schedule.shift) for boundary in raw])
 
     def student(self, student: ToyStudent, nfe: int) -> Tensor:
         """The student's end points in `nfe` network evaluations."""

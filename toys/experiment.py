@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.training import Interrupt, graceful_interrupt, keyed_generator
 from pitools.types import Schedule
-from toys.distill import Training, distill
+from toys.distill import DivergenceError, Training, distill
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
 from toys.targets import Target, load_target
@@ -33,6 +33,8 @@ class Defaults:
     samples: int
     training: Training
 
+
+MOST_NFE = 128
 
 PLANE = Defaults(
     components=64,
@@ -84,8 +86,8 @@ class Experiment:
             if steps < 1:
                 raise ValueError(f"--steps must be at least 1, got {steps}")
             training = replace(training, steps=steps)
-        if min(nfes) < 1:
-            raise ValueError(f"--nfe must be at least 1, got {min(nfes)}")
+        if not 1 <= min(nfes) <= max(nfes) <= MOST_NFE:
+            raise ValueError(f"--nfe must be at least 1 and at most {MOST_NFE}, the teacher's own steps; got {nfes}")
         experiment = cls(
             policies=tuple(dict.fromkeys(policies)),
             target=target,
@@ -99,7 +101,7 @@ class Experiment:
             device=_device(device),
             out=_folder(out, f"toy-{target}-{'-'.join(dict.fromkeys(policies))}"),
         )
-        for name in experiment.policies:
+        for name in (*experiment.policies, "gm", "dx"):  # the last two for their sizes, used or not
             experiment.head(name)
         return experiment
 
@@ -154,7 +156,8 @@ class Results:
 def run(experiment: Experiment, console: Console) -> bool:
     """Train, evaluate, print the table and write `experiment.out`; True if Ctrl-C cut the training short.
 
-    Raises `RuntimeError` where a loss is not finite, and `OSError` where the folder cannot be written.
+    Raises `DivergenceError` where a loss is not finite, after the students before it are shown; `OSError` where
+    the folder cannot be written; `KeyboardInterrupt` where there is nothing to show yet.
     """
     start = time.perf_counter()
     device = torch.device(experiment.device)
@@ -165,15 +168,20 @@ def run(experiment: Experiment, console: Console) -> bool:
 
     with graceful_interrupt() as interrupt, _progress(console) as progress:
         trained: list[Trained] = []
+        failure: DivergenceError | None = None
         for policy, nfes in experiment.students():
-            student = _train(experiment, target, policy, nfes, progress, interrupt)
+            try:
+                student = _train(experiment, target, policy, nfes, progress, interrupt)
+            except DivergenceError as error:
+                failure = DivergenceError(f"{policy} for {nfes} NFE: {error}")
+                break
             if student is None:
                 break
             trained.append(student)
             label = policy if student.student.head.reaches_zero else f"{policy}-{nfes[0]}nfe"
             save_file(student.student.state_dict(), experiment.out / f"{label}.safetensors")
     if not trained:
-        raise RuntimeError("stopped before the first step; there is nothing to show")
+        raise failure or KeyboardInterrupt
     if interrupt.requested:
         console.print("Stopped early; showing what there is.")
 
@@ -181,7 +189,8 @@ def run(experiment: Experiment, console: Console) -> bool:
         evaluation = Evaluation.prepare(target, experiment.samples, device)
         results = _evaluate(experiment, evaluation, trained, start)
     (experiment.out / "metrics.json").write_text(json.dumps(asdict(results), indent=2) + "\n")
-    console.print(_table(experiment, results))
+    teacher_steps = evaluation.teacher_steps(trained[0].student.schedule, experiment.nfes[0])
+    console.print(_table(experiment, results, teacher_steps))
 
     from toys.plots import plot_samples, plot_trajectories
 
@@ -189,6 +198,8 @@ def run(experiment: Experiment, console: Console) -> bool:
         students = [(one.policy, nfe, one.student) for one in trained for nfe in one.nfes]
         plot_samples(experiment.out / "samples.png", evaluation, students)
         plot_trajectories(experiment.out / "trajectories.png", evaluation, students)
+    if failure is not None:
+        raise failure
     console.print(f"Wrote {experiment.out}/ (samples.png, trajectories.png, metrics.json, config.json, weights).")
     return interrupt.requested
 
@@ -265,14 +276,14 @@ HEADINGS = {
 }
 
 
-def _table(experiment: Experiment, results: Results) -> Table:
+def _table(experiment: Experiment, results: Results, teacher_steps: int) -> Table:
     """The teacher, then each student at each NFE."""
     table = Table(title=f"{experiment.target}, {experiment.samples:,} noises, {results.seconds} s")
     table.add_column("policy")
     table.add_column("NFE", justify="right")
     for key in results.teacher:
         table.add_column(HEADINGS[key], justify="right")
-    table.add_row("teacher", "128", *(_show(key, value) for key, value in results.teacher.items()))
+    table.add_row("teacher", str(teacher_steps), *(_show(key, value) for key, value in results.teacher.items()))
     for row in results.students:
         table.add_row(str(row["policy"]), str(row["nfe"]), *(_show(key, row[key]) for key in results.teacher))
     return table
@@ -285,13 +296,13 @@ def _show(key: str, value: float | str) -> str:
 
 
 def _device(name: str) -> str:
-    """`auto` resolved; `ValueError` for a device that torch does not have here."""
+    """`auto` resolved; `ValueError` for a device that is not the CPU or a GPU that torch has here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    kind, _, index = (name if ":" in name else f"{name}:0").partition(":")
+    known = kind == "cpu" or (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count())
+    if not known:
+        raise ValueError(f"--device {name} is not here; use cpu, cuda (with a GPU), cuda:1, ... or auto")
     return name
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pitools.path import segments, shift_time
 from pitools.rollout import trajectory
+from pitools.sampling import Look, sample
 from pitools.types import Conditions
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
@@ -66,8 +65,8 @@ def plot_trajectories(path: Path, evaluation: Evaluation, students: Sequence[Stu
     figure, axes = _panels(len(paths))
     for axis, (title, states, looks) in zip(axes, paths, strict=True):
         axis.scatter(background[:, 0], background[:, 1], s=1, color=DATA, alpha=0.4, linewidths=0, rasterized=True)
-        for sample in range(count):
-            truth, line, dots = (z[:, sample].cpu() for z in (teacher, states, looks))
+        for index in range(count):
+            truth, line, dots = (z[:, index].cpu() for z in (teacher, states, looks))
             axis.plot(truth[:, 0], truth[:, 1], color=TEACHER, linewidth=4, alpha=0.3, label="exact teacher")
             axis.plot(
                 line[:, 0],
@@ -96,16 +95,14 @@ def plot_trajectories(path: Path, evaluation: Evaluation, students: Sequence[Stu
 
 def student_path(student: ToyStudent, noise: Tensor, nfe: int, conditions: Conditions | None) -> tuple[Tensor, Tensor]:
     """All states `[S + 1, B, *shape]` of a student's roll-out, and those `[nfe, B, *shape]` that it looked at."""
-    schedule, factorisation = student.schedule, student.factorisation
-    x, states, looks = noise, [noise.unsqueeze(0)], []
-    for raw_src, raw_dst in pairwise(segments(nfe, schedule.final_step_scale)):
-        t_src, t_dst = shift_time(raw_src, schedule.shift), shift_time(raw_dst, schedule.shift)
-        looks.append(x)
-        policy = student(x, t_src, conditions)
-        packed = trajectory(policy, factorisation.pack(x), t_src, t_dst, shift=schedule.shift).states
-        states.append(torch.stack([factorisation.unpack(state, x.shape) for state in packed[1:]]))
-        x = states[-1][-1]
-    return torch.cat(states), torch.stack(looks)
+    looks: list[Look] = []
+    sample(student, noise, nfe, conditions, callback=looks.append)
+    pack, unpack, shift = student.factorisation.pack, student.factorisation.unpack, student.schedule.shift
+    states = [noise]
+    for look in looks:
+        packed = trajectory(look.policy, pack(look.x), look.t_src, look.t_dst, shift=shift).states
+        states += [unpack(state, noise.shape) for state in packed[1:]]
+    return torch.stack(states), torch.stack([look.x for look in looks])
 
 
 def _title(policy: str, nfe: int) -> str:
@@ -153,10 +150,10 @@ def _sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
 def _film(path: Path, runs: Sequence[tuple[str, Tensor]]) -> None:
     """Frames of roll-outs `[S + 1, B, 1, H, W]`, evenly spaced from noise to data: a row a run and sample."""
     rows = []
-    for sample in range(runs[0][1].shape[1]):
+    for index in range(runs[0][1].shape[1]):
         for title, states in runs:
             picks = torch.linspace(0, len(states) - 1, FRAMES).round().long()
-            rows.append((title, states[picks, sample]))
+            rows.append((title, states[picks, index]))
     _sheet(path, rows)
 
 

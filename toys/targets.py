@@ -80,8 +80,8 @@ class Target:
         return draws.reshape(count, *self.shape)
 
     def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
-        """The exact marginal velocity at latents x_t `[B, ...]`, t (Eq. 1)."""
-        flat = x_t.flatten(1)
+        """The exact marginal velocity at latents x_t `[B, ...]`, t (Eq. 1); float32 or better."""
+        flat = x_t.flatten(1).to(torch.promote_types(x_t.dtype, self.priors[0].means.dtype))
         time = as_time("t", t, flat).expand(len(flat))
         velocity = torch.empty_like(flat)
         for prior, rows in self._groups(len(flat), conditions):

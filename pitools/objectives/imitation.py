@@ -54,7 +54,7 @@ def imitation_loss(
     below which no state is drawn; a sampler asks for no velocity below its last substep, where a teacher
     that is sharp in x (a point set's) would outweigh all the rest, its error growing as 1/t².
     Raises `ValueError` for fewer than one state, an empty segment, a floor above it, dropout on a policy that
-    has none, and what the roll-out refuses.
+    has none, a teacher's answer of another shape, and what the roll-out refuses.
     """
     if states < 1:
         raise ValueError(f"states must be at least 1, got {states}")
@@ -74,15 +74,27 @@ def imitation_loss(
             detached, factorisation.pack(x_src), source, torch.cat([t, end.expand(1, batch)]), method, step_size, shift
         )
         x_t, x_dst = visited[:-1], factorisation.unpack(visited[-1], shape)
-        targets = [
-            factorisation.pack(teacher.velocity(factorisation.unpack(x, shape), time, conditions))
-            for x, time in zip(x_t, t, strict=True)
-        ]
+        targets = [_ask(teacher, factorisation, x, time, shape, conditions) for x, time in zip(x_t, t, strict=True)]
     errors = [
         (policy.velocity(x, time) - target).square().flatten(1).mean(1)
         for x, time, target in zip(x_t, t, targets, strict=True)
     ]
     return Imitation(torch.stack(errors).mean(0) / 2, x_dst)
+
+
+def _ask(
+    teacher: VelocityField,
+    factorisation: Factorisation,
+    x_t: Tensor,
+    t: Tensor,
+    shape: torch.Size,
+    conditions: Conditions | None,
+) -> Tensor:
+    """The teacher's velocity at a packed state, packed."""
+    u = teacher.velocity(factorisation.unpack(x_t, shape), t, conditions)
+    if u.shape != shape:
+        raise ValueError(f"the teacher answered {tuple(u.shape)} for latents {tuple(shape)}")
+    return factorisation.pack(u)
 
 
 def _intermediate_times(

@@ -32,7 +32,7 @@ def denoised_from_velocity(name: str, u: Tensor, x_src: Tensor, t_src: Time) -> 
 def policy_velocity(x_t: Tensor, t: Time, t_src: Time, denoised: Callable[[Tensor], Tensor]) -> Tensor:
     """(x_t - x̂_0(t)) / t for a policy whose x̂_0 depends on the checked time alone."""
     x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
-    time = as_time("t", t, x_t, maximum=as_time("t_src", t_src, x_t))
+    time = as_time("t", t, x_t, maximum=t_src)
     x_0 = denoised(time)
     return (x_t - x_0) / align(time, x_t)
 

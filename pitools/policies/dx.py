@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pitools.path import as_time, shift_time, unshift_time
+from pitools.path import as_time, check_shift, shift_time, unshift_time
 from pitools.policies.checks import check_state, denoised_from_velocity, parameters, policy_velocity
 from pitools.policies.head import HeadSizes, Outputs, Segment
 from pitools.types import Time
@@ -37,8 +37,10 @@ class DXPolicy:
         if self.x0_grid.ndim != 4 or self.x0_grid.shape[1] < 1:
             raise ValueError(f"x0_grid must be [B, N, L, C] with N >= 1, got {tuple(self.x0_grid.shape)}")
         object.__setattr__(self, "x0_grid", parameters("x0_grid", self.x0_grid))
+        check_shift(self.shift)
         source = as_time("t_src", self.t_src, self.x0_grid)
-        as_time("t_dst", self.t_dst, self.x0_grid, maximum=source, zero=True)
+        object.__setattr__(self, "t_src", source)
+        object.__setattr__(self, "t_dst", as_time("t_dst", self.t_dst, self.x0_grid, maximum=source, zero=True))
 
     @classmethod
     def from_velocity(cls, u_grid: Tensor, x_src: Tensor, t_src: Time, t_dst: Time, shift: float = 1.0) -> Self:
@@ -57,8 +59,7 @@ class DXPolicy:
     def _denoised(self, time: Tensor) -> Tensor:
         """x̂_0 `[B, L, C]` at a checked time, 0-d or `[B]`."""
         batch, points = self.x0_grid.shape[:2]
-        source = unshift_time(as_time("t_src", self.t_src, self.x0_grid), self.shift)
-        end = unshift_time(as_time("t_dst", self.t_dst, self.x0_grid, zero=True), self.shift)
+        source, end = (unshift_time(torch.as_tensor(t), self.shift) for t in (self.t_src, self.t_dst))
         span = source - end
         offset = unshift_time(time, self.shift) - end
         place = torch.where(span > 0, offset / torch.where(span > 0, span, 1.0), 0.0).clamp(0, 1) * (points - 1)

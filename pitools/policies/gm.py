@@ -43,7 +43,7 @@ class GMPolicy:
                 f"the mixture's means must be [B, L, K, C] = [{batch}, {factors}, K, {channels}], "
                 f"got {tuple(means.shape)}"
             )
-        as_time("t_src", self.t_src, self.x_src)
+        object.__setattr__(self, "t_src", as_time("t_src", self.t_src, self.x_src))
 
     @classmethod
     def from_velocity(
@@ -53,7 +53,9 @@ class GMPolicy:
         check_state("x_src", x_src)
         if u_means.ndim != 4 or (*u_means.shape[:2], u_means.shape[-1]) != tuple(x_src.shape):
             raise ValueError(f"u_means must be [B, L, K, C] for x_src {tuple(x_src.shape)}, got {tuple(u_means.shape)}")
-        dtype = torch.promote_types(torch.promote_types(u_means.dtype, x_src.dtype), torch.float32)
+        dtype = torch.float32
+        for given in (u_means, log_weights, x_src, *([log_std] if isinstance(log_std, Tensor) else [])):
+            dtype = torch.promote_types(dtype, given.dtype)
         x_src, u_means = x_src.to(dtype), u_means.to(dtype)
         std = torch.as_tensor(log_std, dtype=dtype, device=x_src.device).exp()
         if std.ndim > 1 or (std.ndim == 1 and len(std) != len(x_src)):

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pitools.path import as_time, unshift_time
+from pitools.path import as_time, check_shift, unshift_time
 from pitools.policies.checks import check_state, denoised_from_velocity, parameters, policy_velocity
 from pitools.policies.head import HeadSizes, Outputs, Segment
 from pitools.types import Time
@@ -36,7 +36,8 @@ class PolynomialPolicy:
         if self.coefficients.ndim != 4 or self.coefficients.shape[1] < 1:
             raise ValueError(f"coefficients must be [B, N, L, C] with N >= 1, got {tuple(self.coefficients.shape)}")
         object.__setattr__(self, "coefficients", parameters("coefficients", self.coefficients))
-        as_time("t_src", self.t_src, self.coefficients)
+        check_shift(self.shift)
+        object.__setattr__(self, "t_src", as_time("t_src", self.t_src, self.coefficients))
 
     @classmethod
     def from_velocity(cls, u_coefficients: Tensor, x_src: Tensor, t_src: Time, shift: float = 1.0) -> Self:
@@ -54,8 +55,8 @@ class PolynomialPolicy:
 
     def _denoised(self, time: Tensor) -> Tensor:
         """x̂_0 `[B, L, C]` at a checked time, by Horner's rule."""
-        source = as_time("t_src", self.t_src, self.coefficients)
-        elapsed = (unshift_time(source, self.shift) - unshift_time(time, self.shift)).reshape(-1, 1, 1)
+        source = unshift_time(torch.as_tensor(self.t_src), self.shift)
+        elapsed = (source - unshift_time(time, self.shift)).reshape(-1, 1, 1)
         powers = self.coefficients.unbind(1)
         x_0 = powers[-1]
         for coefficient in reversed(powers[:-1]):

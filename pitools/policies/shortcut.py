@@ -32,7 +32,7 @@ class ShortcutPolicy:
     def __post_init__(self) -> None:
         check_state("x0", self.x0)
         object.__setattr__(self, "x0", parameters("x0", self.x0))
-        as_time("t_src", self.t_src, self.x0)
+        object.__setattr__(self, "t_src", as_time("t_src", self.t_src, self.x0))
 
     @classmethod
     def from_velocity(cls, u: Tensor, x_src: Tensor, t_src: Time) -> Self:

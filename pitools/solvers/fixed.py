@@ -33,7 +33,8 @@ def steps(f: Field, x: Tensor, times: Tensor, method: RungeKutta | TwoStep) -> I
         t = torch.where(moves, t, times[0])
         k = f(x, t)
         if isinstance(method, RungeKutta):
-            increment = _runge_kutta(f, x, t, torch.where(lands, 0.0, h), k, method)
+            # The stages of a step that lands on 0, or does not move, stay at t, where f is defined.
+            increment = _runge_kutta(f, x, t, torch.where(moves & ~lands, t_next, t), k, method)
         else:
             increment = _adams_bashforth(h, k, previous)
         increment = torch.where(align(lands, x), k, increment)
@@ -42,10 +43,10 @@ def steps(f: Field, x: Tensor, times: Tensor, method: RungeKutta | TwoStep) -> I
         yield x
 
 
-def _runge_kutta(f: Field, x: Tensor, t: Tensor, h: Tensor, k: Tensor, method: RungeKutta) -> Tensor:
-    stages = [k]
+def _runge_kutta(f: Field, x: Tensor, t: Tensor, t_next: Tensor, k: Tensor, method: RungeKutta) -> Tensor:
+    stages, h = [k], t_next - t
     for row, c in zip(method.a, method.c, strict=True):
-        stages.append(f(x + align(h, x) * _combine(row, stages), t + c * h))
+        stages.append(f(x + align(h, x) * _combine(row, stages), (1 - c) * t + c * t_next))
     return _combine(method.b, stages)
 
 

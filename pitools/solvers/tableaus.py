@@ -63,7 +63,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 
 def solver(method: str | Solver) -> Solver:
     """The solver of that name, or the solver itself. `ValueError` for an unknown name."""
-    if not isinstance(method, str):
+    if isinstance(method, RungeKutta | TwoStep | Adaptive):
         return method
     if method not in SOLVERS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(SOLVERS)}")
