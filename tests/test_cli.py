@@ -132,6 +132,8 @@ MISTAKES = {
     "no grid points": (["--policy", "dx", "--grid-points", "0"], "grid_points must be at least 1"),
     "no steps": (["--steps", "0"], "--steps must be at least 1"),
     "no such device": (["--device", "quantum"], "--device quantum"),
+    "no such GPU": (["--device", "cuda:99"], "--device cuda:99"),
+    "too many evaluations": (["--nfe", "200000000"], "at most 128"),
     "a folder in use": (["--out", "used"], "name another one"),
     "unknown option": (["--polcy", "gm"], "--policy"),
 }

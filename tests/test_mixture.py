@@ -392,3 +392,40 @@ def test_bad_questions_are_refused() -> None:
     for message, question in questions.items():
         with pytest.raises(ValueError, match=message):
             question()
+
+
+@pytest.mark.parametrize(("mixture", "state"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_mixed_precisions_meet_in_the_better_one(mixture: torch.dtype, state: torch.dtype) -> None:
+    g = random(0)
+    gm = GaussianMixture(randn(g, 4, 2).to(mixture), torch.zeros(4, dtype=mixture), 0.1)
+    x, x_src = randn(g, 3, 2).to(state), randn(g, 3, 2).to(state)
+    reference = GaussianMixture(gm.means.double(), gm.log_weights.double(), gm.variance.double())
+    u = gm.velocity(x, 0.3, x_src, 0.7)
+    assert u.dtype == torch.float64
+    torch.testing.assert_close(u, reference.velocity(x.double(), 0.3, x_src.double(), 0.7), rtol=1e-6, atol=1e-6)
+
+
+def test_a_batch_of_mixtures_meets_states_of_the_same_rank_only() -> None:
+    batch = GaussianMixture(torch.zeros(3, 4, 2), torch.zeros(3, 4), 0.1)
+    assert batch.velocity(torch.zeros(3, 2), 0.5).shape == (3, 2)
+    with pytest.raises(ValueError, match="leading dimensions"):
+        batch.velocity(torch.zeros(3, 3, 2), 0.5)  # [B, L, C] with B = L: from the right it would pass
+
+
+def test_extremes_of_temperature_and_of_sampling() -> None:
+    gm = GaussianMixture(torch.randn(3, 2, generator=random(0)), torch.tensor([0.0, 1.0, 0.5]), 0.1)
+    assert gm.tempered(1e-39).log_weights.exp().tolist() == [0.0, 1.0, 0.0]
+    assert gm.sample((0,)).shape == (0, 2)
+    with pytest.raises(ValueError, match="at least one component"):
+        GaussianMixture(torch.zeros(0, 2), torch.zeros(0), 0.1)
+
+
+def test_dropout_keeps_all_of_a_sample_or_one_mask_for_all_its_factors() -> None:
+    gone = torch.zeros(300, 2, 3)
+    gone[:, 0, :2] = -math.inf  # the first factor has only its last component
+    gm = GaussianMixture(randn(random(0), 300, 2, 3, 1), gone, 0.1)
+    full = gm.dropped(0.5, generator=random(1)).log_weights[:, 1] > -math.inf  # what became of the other factor
+    last_dropped = ~full[:, 2]
+    assert not last_dropped.any()  # dropping it would empty the first factor: such samples keep everything
+    assert full.all(-1).double().mean() > 0.5
+    assert not full.all()

@@ -110,3 +110,29 @@ def test_bad_grids_and_schedules_are_refused() -> None:
         segments(0)
     with pytest.raises(ValueError, match="final_step_scale"):
         segments(4, 0.0)
+
+
+@given(st.floats(0.01, 100))
+def test_shifts_are_exact_at_the_ends(m: float) -> None:
+    assert (shift_time(1.0, m), unshift_time(1.0, m), shift_time(0.0, m)) == (1.0, 1.0, 0.0)
+
+
+def test_a_time_that_was_rounded_on_the_way_is_still_its_bound() -> None:
+    x = torch.zeros(2, 1, 2, dtype=torch.float64)
+    single = torch.tensor(0.7)  # below 0.7 in float64
+    assert float(single) < 0.7
+    assert as_time("t", 0.7, x, maximum=single) == single
+    with pytest.raises(ValueError, match=r"may not exceed t_src, here 0\.7"):
+        as_time("t", 0.70001, x, maximum=single)
+
+
+def test_states_of_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"noise \(3, 2\)"):
+        diffuse(torch.zeros(3, 1, 2), torch.zeros(3, 2), 0.5)
+    with pytest.raises(ValueError, match=r"x_t \(3, 2\)"):
+        velocity_from_x0(torch.zeros(3, 1, 2), torch.zeros(3, 2), 0.5)
+
+
+def test_a_tiny_interval_is_one_substep() -> None:
+    grid = substep_grid(torch.tensor(0.5), torch.tensor([0.5 - 1e-7]), 1 / 128)
+    assert len(grid.times) == 2

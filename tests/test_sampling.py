@@ -1,5 +1,6 @@
 """Few-step sampling: schedules, temperature, latents in and out."""
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,11 +8,22 @@ import torch
 from mixtures import randn, random
 from torch import Tensor
 
-from pitools import DXPolicy, Factorisation, GaussianMixture, GMPolicy, Policy, Schedule, integrate, sample
-from pitools.sampling import auto_temperature
+from pitools import (
+    DXPolicy,
+    Factorisation,
+    GaussianMixture,
+    GMPolicy,
+    Policy,
+    Schedule,
+    ShortcutPolicy,
+    integrate,
+    sample,
+)
+from pitools.metrics import energy_distance
+from pitools.sampling import Look, auto_temperature
 from pitools.types import PIXELWISE, POINTS, Conditions, Time
 
-THREE_STEPS, SHIFTED = Schedule(nfe=3), Schedule(nfe=2, shift=2.0)
+THREE_STEPS, SHIFTED, AUTO = Schedule(nfe=3), Schedule(nfe=2, shift=2.0), Schedule(nfe=4, temperature="auto")
 PRIOR = GaussianMixture(2 * randn(random(0), 5, 2), torch.zeros(5), 0.1)
 
 
@@ -91,3 +103,46 @@ def test_bad_schedules_are_refused() -> None:
     for bad in ({"nfe": 0}, {"shift": -1.0}, {"final_step_scale": 0.0}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             sample(ExactStudent(), torch.zeros(1, 2), **bad)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+def test_substeps_follow_the_schedules_shift(shift: float) -> None:
+    noise = randn(random(1), 100, 2)
+    x = sample(ExactStudent(Schedule(nfe=4, shift=shift)), noise)
+    torch.testing.assert_close(x, integrate(PRIOR, noise, 1.0, 0.0, shift=shift), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, math.inf])
+def test_renoising_keeps_the_marginals_and_follows_its_generator(strength: float) -> None:
+    noise = randn(random(1), 4000, 2)
+    ode = sample(ExactStudent(), noise, 4)
+    x = sample(ExactStudent(), noise, 4, renoise=strength, generator=random(2))
+    assert torch.equal(x, sample(ExactStudent(), noise, 4, renoise=strength, generator=random(2)))
+    assert (x - ode).abs().mean() > 0.5  # other samples,
+    data = [PRIOR.sample((4000,), generator=random(seed)) for seed in (3, 4)]
+    assert energy_distance(x, data[0]) < 2 * energy_distance(*data)  # of the same distribution
+    with pytest.raises(ValueError, match="renoise"):
+        sample(ExactStudent(), noise, renoise=-1.0)
+
+
+def test_the_callback_sees_every_evaluation() -> None:
+    looks: list[Look] = []
+    noise = randn(random(1), 3, 2)
+    x = sample(ExactStudent(), noise, 2, callback=looks.append)
+    assert [(look.t_src, look.t_dst) for look in looks] == [(1.0, 0.5), (0.5, 0.0)]
+    last = looks[-1]
+    torch.testing.assert_close(integrate(last.policy, POINTS.pack(last.x), 0.5, 0.0)[:, 0], x, rtol=0, atol=0)
+
+
+def test_the_published_rule_leaves_policies_without_temperature_alone() -> None:
+    @dataclass
+    class Straight:
+        schedule: Schedule = AUTO
+        factorisation: Factorisation = POINTS
+
+        def __call__(self, x_src: Tensor, t_src: Time, conditions: Conditions | None = None) -> Policy:
+            return ShortcutPolicy(torch.ones_like(x_src)[:, None], t_src)
+
+    torch.testing.assert_close(sample(Straight(), torch.randn(2, 2)), torch.ones(2, 2), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="no temperature"):
+        sample(Straight(), torch.zeros(2, 2), temperature=0.3)

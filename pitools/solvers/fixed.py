@@ -1,7 +1,8 @@
 """The fixed-step loop: x_{n+1} = x_n + h_n · increment, along one grid of times for each sample.
 
 A step that ends at t = 0, where no field is evaluated, is an Euler step whatever the method: from
-(x, t) it gives x - t u(x, t), the denoised state. So every method lands there and none divides by 0.
+(x, t) it gives x - t u(x, t), the denoised state. So every method lands there and none divides by 0. The
+same goes for a step to under `LANDING` times its start: a velocity (x - x_0)/t there is rounding, magnified.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from pitools.path import align
 from pitools.solvers.tableaus import RungeKutta, TwoStep
 
+LANDING = 1e-3
+
 Field: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """The velocity f(x, t) of a state `[B, ...]` at t, 0-d or `[B]`."""
 
@@ -29,11 +32,11 @@ def steps(f: Field, x: Tensor, times: Tensor, method: RungeKutta | TwoStep) -> I
     previous: tuple[Tensor, Tensor] | None = None
     for t, t_next in pairwise(times):
         h = t_next - t
-        moves, lands = h != 0, t_next == 0
+        moves, lands = h != 0, t_next < LANDING * t
         t = torch.where(moves, t, times[0])
         k = f(x, t)
         if isinstance(method, RungeKutta):
-            # The stages of a step that lands on 0, or does not move, stay at t, where f is defined.
+            # The stages of a step that lands, or does not move, stay at t, where f is defined.
             increment = _runge_kutta(f, x, t, torch.where(moves & ~lands, t_next, t), k, method)
         else:
             increment = _adams_bashforth(h, k, previous)

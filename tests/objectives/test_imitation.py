@@ -8,6 +8,8 @@ from mixtures import rand, randn, random
 from torch import Tensor
 
 from pitools import GaussianMixture, GMPolicy, ShortcutPolicy, imitation_loss, integrate
+from pitools.objectives.imitation import _intermediate_times
+from pitools.rollout import visit
 from pitools.types import PIXELWISE, POINTS, Conditions, Time
 
 PRIOR = GaussianMixture(2 * randn(random(0), 5, 2), randn(random(1), 5), 0.1 + rand(random(2), 5))
@@ -123,17 +125,14 @@ def test_no_state_lies_below_the_floor() -> None:
     assert 0.1 <= lowest < 0.11
 
 
-def test_float32_never_asks_for_a_velocity_at_zero() -> None:
-    prior = GaussianMixture(PRIOR.means.float(), PRIOR.log_weights.float(), 0.1)
-    x_src = torch.randn(20_000, 2, generator=random(0))
-    policy = ShortcutPolicy(torch.zeros(20_000, 1, 2), 1 / 128)
-
-    class Single:
-        def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
-            return prior.velocity(x_t, t)
-
-    result = imitation_loss(Single(), policy, x_src, 1 / 128, 0.0, factorisation=POINTS, states=8, generator=random(1))
-    assert torch.isfinite(result.loss).all()
+def test_no_draw_lands_on_zero_or_leaves_the_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    t_src = torch.rand(500, generator=random(0)).clamp(min=1e-3)
+    for share in (0.0, 1 - 2**-24):  # the ends of what torch.rand draws in float32
+        monkeypatch.setattr(torch, "rand", lambda *shape, share=share, **_: torch.full(shape, share))
+        for shift in (1.0, 3.2):
+            for t_dst in (torch.zeros(500), t_src / 3):
+                t = _intermediate_times(t_src, t_dst, 1, 500, shift, 0.0, None)
+                assert ((t > 0) & (t >= t_dst) & (t <= t_src)).all()
 
 
 def test_every_sample_may_have_its_own_segment() -> None:
@@ -189,3 +188,28 @@ def test_bad_arguments_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             imitation_loss(Teacher(), policy, x_src, 0.5, **{"t_dst": 0.0, "factorisation": POINTS, **kwargs})
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+def test_the_rollout_is_even_in_raw_time(shift: float) -> None:
+    x_src, stops = randn(random(4), 8, 2), []
+
+    class Spy(Teacher):
+        def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+            stops.append(t)
+            return super().velocity(x_t, t, conditions)
+
+    result = imitation_loss(Spy(), exact_policy(x_src, 0.9), x_src, 0.9, 0.1, factorisation=POINTS, shift=shift)
+    grid = torch.stack([*stops, torch.full_like(stops[0], 0.1)])
+    expected = visit(PRIOR, x_src, 0.9, grid, shift=shift)[-1]
+    torch.testing.assert_close(result.x_dst, expected, rtol=0, atol=1e-9)
+
+
+def test_a_teacher_that_answers_another_shape_is_refused() -> None:
+    class Careless:
+        def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+            return x_t[:1]
+
+    x_src = randn(random(4), 8, 2)
+    with pytest.raises(ValueError, match="the teacher answered"):
+        imitation_loss(Careless(), exact_policy(x_src, 0.9), x_src, 0.9, 0.1, factorisation=POINTS)

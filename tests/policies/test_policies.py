@@ -8,8 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import rand, randn, random
 
-from pitools import DXPolicy, GaussianMixture, GMPolicy, PolynomialPolicy, ShortcutPolicy, shift_time, unshift_time
-from pitools.policies import DXHead, Outputs, Segment
+from pitools import (
+    DXPolicy,
+    GaussianMixture,
+    GMPolicy,
+    PolynomialPolicy,
+    ShortcutPolicy,
+    integrate,
+    shift_time,
+    unshift_time,
+)
+from pitools.policies import DXHead, Outputs, PolynomialHead, Segment
 
 B, L, C = 3, 4, 2
 
@@ -139,3 +148,39 @@ def test_shapes_that_do_not_match_are_refused() -> None:
         PolynomialPolicy(torch.zeros(B, L, C), 1.0)
     with pytest.raises(ValueError, match="u must"):
         ShortcutPolicy.from_velocity(torch.zeros(B, L + 1, C), x, 1.0)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.2])
+def test_heads_hand_on_the_shift(shift: float) -> None:
+    g = random(0)
+    outputs = Outputs(randn(g, B, L, 5, C), torch.zeros(B, L, 0), torch.zeros(B, 0))
+    x_src, x = randn(g, B, L, C), randn(g, B, L, C)
+    segment = Segment(length=0.5, shift=shift)
+    u = outputs.velocities.transpose(1, 2)
+    t_dst = shift_time(unshift_time(0.8, shift) - 0.5, shift)
+    dx = DXPolicy.from_velocity(u, x_src, 0.8, t_dst, shift)
+    polynomial = PolynomialPolicy.from_velocity(u, x_src, 0.8, shift)
+    for head, policy in ((DXHead(5), dx), (PolynomialHead(5), polynomial)):
+        mine = head.read(outputs, x_src, 0.8, segment)
+        torch.testing.assert_close(mine.velocity(x, 0.6), policy.velocity(x, 0.6), rtol=1e-12, atol=1e-12)
+
+
+def test_policies_take_states_of_another_precision_at_their_source() -> None:
+    g = random(0)
+    x = randn(g, B, L, C)
+    single = GMPolicy.from_velocity(
+        *(z.float() for z in (randn(g, B, L, 6, C), randn(g, B, L, 6), randn(g, B), x)), 0.7
+    )
+    assert torch.isfinite(integrate(single, x, 0.7, 0.0)).all()
+    double = GMPolicy.from_velocity(randn(g, B, L, 6, C), randn(g, B, L, 6), randn(g, B), x, 0.3)
+    assert torch.isfinite(integrate(double, x.float(), 0.3, 0.0)).all()
+    mixed = GMPolicy.from_velocity(randn(g, B, L, 6, C).float(), randn(g, B, L, 6), 0.0, x.float(), 0.9)
+    assert mixed.velocity(x, 0.9).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, math.nan])
+def test_a_shift_that_is_not_positive_is_refused(shift: float) -> None:
+    grid = torch.zeros(B, 2, L, C)
+    for build in (lambda: DXPolicy(grid, 1.0, 0.0, shift), lambda: PolynomialPolicy(grid, 1.0, shift)):
+        with pytest.raises(ValueError, match="shift"):
+            build()

@@ -13,8 +13,9 @@ import torch
 from mixtures import randn, random
 from torch import Tensor
 
-from pitools import GaussianMixture, PolynomialPolicy, integrate, shift_time, unshift_time
-from pitools.solvers import SOLVERS, Adaptive, RungeKutta, solver
+from pitools import GaussianMixture, PolynomialPolicy, ShortcutPolicy, integrate, shift_time, unshift_time
+from pitools.rollout import visit
+from pitools.solvers import SOLVERS, Adaptive, RungeKutta, TwoStep, solver, steps
 
 FIXED = [name for name, method in SOLVERS.items() if not isinstance(method, Adaptive)]
 ONE_STEP = [name for name, method in SOLVERS.items() if isinstance(method, RungeKutta)]
@@ -138,3 +139,50 @@ def test_tableaus_are_consistent() -> None:
 def test_unknown_methods_name_the_known_ones() -> None:
     with pytest.raises(ValueError, match="euler, midpoint, heun, rk4, ab2, dopri5"):
         integrate(MIXTURE, torch.zeros(1, 2), 1.0, 0.0, "leapfrog")
+
+
+def test_ab2_is_exact_on_a_linear_velocity_whatever_its_steps() -> None:
+    times = torch.tensor([1.0, 0.9, 0.6, 0.5, 0.2], dtype=torch.float64)  # steps of 1 : 3 : 1 : 3
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    *_, end = steps(lambda x, t: t.expand_as(x), x, times, TwoStep())
+    # All but the first step, an Euler step, integrate dx/dt = t exactly.
+    exact = (0.2**2 - 0.9**2) / 2 + 1.0 * (0.9 - 1.0)
+    assert float(end) == pytest.approx(exact, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_the_last_of_several_steps_is_an_euler_step(name: str) -> None:
+    x, step = randn(random(1), 16, 2), 0.05
+    before = integrate(MIXTURE, x, 0.2, step, name, step)
+    torch.testing.assert_close(
+        integrate(MIXTURE, x, 0.2, 0.0, name, step), MIXTURE.denoise(before, step), rtol=0, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("t_dst", [1e-5, 1e-7, 1e-10])
+@pytest.mark.parametrize("name", FIXED)
+def test_float32_is_accurate_down_to_tiny_times(name: str, t_dst: float) -> None:
+    x = torch.randn(16, 1, 2, generator=random(1))
+    straight = ShortcutPolicy(torch.randn(16, 1, 2, generator=random(2)), 1.0)  # every method integrates it exactly
+    exact = straight.x0 + t_dst * (x - straight.x0)
+    torch.testing.assert_close(integrate(straight, x, 1.0, t_dst, name), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_stops_may_repeat_and_end_early(name: str) -> None:
+    x, t_src = randn(random(1), 2, 2), torch.tensor([0.9, 0.8], dtype=torch.float64)
+    stops = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    seen = visit(MIXTURE, x, t_src, stops, name, 1 / 64)
+    assert torch.equal(seen[0, 1], seen[2, 1])
+    assert torch.equal(seen[1], seen[2])
+    middle = integrate(MIXTURE, x, t_src, stops[0], name, 1 / 64)
+    torch.testing.assert_close(seen[0], middle, rtol=0, atol=1e-10)
+    if solver(name) != SOLVERS["ab2"]:
+        later = integrate(MIXTURE, middle[:1], 0.5, 0.0, name, 1 / 64)
+        torch.testing.assert_close(seen[1, :1], later, rtol=0, atol=1e-4 if name == "dopri5" else 1e-10)
+
+
+@pytest.mark.parametrize("method", [None, 42, "leapfrog"])
+def test_what_is_not_a_method_is_refused(method: object) -> None:
+    with pytest.raises(ValueError, match="the methods are"):
+        integrate(MIXTURE, torch.zeros(1, 2), 1.0, 0.5, method)  # type: ignore[arg-type]

@@ -1,12 +1,16 @@
 """The toy network and its training."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from mixtures import random
 
-from pitools import Schedule, sample
+import toys.distill
+from pitools import Imitation, Schedule, imitation_loss, sample, unshift_time
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.types import POINTS
 from toys.distill import Training, distill
@@ -107,3 +111,27 @@ def test_class_accuracy_is_of_the_nearest_digit() -> None:
     assert evaluation.metrics(evaluation.data, evaluation.data)["class_accuracy"] == 1.0
     moved = evaluation.data.roll(1, dims=0)  # every image under its neighbour's class
     assert evaluation.metrics(moved, evaluation.data)["class_accuracy"] == 0.0
+
+
+def test_training_is_algorithm_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[torch.Tensor, float, float, Imitation]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Imitation:
+        result = imitation_loss(*args, **kwargs)
+        _, _, x_src, t_src, t_dst = args
+        calls.append((x_src, t_src, t_dst, result))
+        return result
+
+    monkeypatch.setattr(toys.distill, "imitation_loss", spy)
+    student, losses = student_for("digits", GMHead(4), nfe=3), []
+    one_step = replace(SHORT, steps=1)
+    distill(student, load_target("digits"), [3], one_step, seed=0, on_step=lambda step, loss: losses.append(loss))
+    assert len(calls) == 3
+    raw = [(unshift_time(t_src, 4.0), unshift_time(t_dst, 4.0)) for _, t_src, t_dst, _ in calls]
+    assert raw == [pytest.approx(pair) for pair in ((1, 2 / 3), (2 / 3, 1 / 3), (1 / 3, 0))]
+    for (_, _, _, before), (x_src, _, _, _) in pairwise(calls):
+        assert x_src is before.x_dst  # each segment starts where the one before it ended
+    weighted = sum(
+        (a - b) * float(result.loss.detach().mean()) for (a, b), (_, _, _, result) in zip(raw, calls, strict=True)
+    )
+    assert losses[0] == pytest.approx(weighted, rel=1e-5)
