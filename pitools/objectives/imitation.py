@@ -108,11 +108,9 @@ def _intermediate_times(
 ) -> Tensor:
     """Times `[M, B]`, falling, even in distribution over the raw segment above `floor`."""
     draws = torch.rand(batch, states, generator=generator, device=t_src.device, dtype=t_src.dtype)
-    share = draws.sort(dim=1).values.T  # in [0, 1), rising: the share of the segment that is behind
-    # The smallest normal step above 0 keeps rounding from landing on t = 0, which has no velocity.
-    lowest = max(floor, torch.finfo(t_src.dtype).eps)
+    share = draws.sort(dim=1).values.T  # rising, in [0, 1): short of 1, so that no t is 0
     raw_src = unshift_time(t_src, shift)
-    raw_dst = unshift_time(t_dst, shift).clamp(min=lowest)
+    raw_dst = unshift_time(t_dst, shift).clamp(min=floor)
     if not bool((raw_dst < raw_src).all()):
         raise ValueError(f"floor {floor:g} leaves no room below t_src (raw {float(raw_src.min()):g})")
     t = shift_time(raw_src - (raw_src - raw_dst) * share, shift)

@@ -8,7 +8,6 @@ same goes for a step to under `LANDING` times its start: a velocity (x - x_0)/t 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -29,24 +28,28 @@ def steps(f: Field, x: Tensor, times: Tensor, method: RungeKutta | TwoStep) -> I
     A sample whose time stands still in a step keeps its state; f is then asked at the sample's first
     time, where it is defined, and the answer is not used.
     """
+    h = times.diff(dim=0)
+    moves, lands = h != 0, times[1:] < LANDING * times[:-1]
+    start = torch.where(moves, times[:-1], times[0])
+    # The stages of a step that lands, or does not move, stay at its start, where f is defined.
+    end = torch.where(moves & ~lands, times[1:], start)
     previous: tuple[Tensor, Tensor] | None = None
-    for t, t_next in pairwise(times):
-        h = t_next - t
-        moves, lands = h != 0, t_next < LANDING * t
-        t = torch.where(moves, t, times[0])
-        k = f(x, t)
+    for n in range(len(h)):
+        k = f(x, start[n])
         if isinstance(method, RungeKutta):
-            # The stages of a step that lands, or does not move, stay at t, where f is defined.
-            increment = _runge_kutta(f, x, t, torch.where(moves & ~lands, t_next, t), k, method)
+            increment = _runge_kutta(f, x, start[n], end[n], k, method)
         else:
-            increment = _adams_bashforth(h, k, previous)
-        increment = torch.where(align(lands, x), k, increment)
-        previous = (h, k)
-        x = torch.where(align(moves, x), x + align(h, x) * increment, x)
+            increment = _adams_bashforth(h[n], k, previous)
+        if increment is not k:
+            increment = torch.where(align(lands[n], x), k, increment)
+        previous = (h[n], k)
+        x = torch.where(align(moves[n], x), x + align(h[n], x) * increment, x)
         yield x
 
 
 def _runge_kutta(f: Field, x: Tensor, t: Tensor, t_next: Tensor, k: Tensor, method: RungeKutta) -> Tensor:
+    if not method.a:  # Euler's increment is k itself
+        return k
     stages, h = [k], t_next - t
     for row, c in zip(method.a, method.c, strict=True):
         stages.append(f(x + align(h, x) * _combine(row, stages), (1 - c) * t + c * t_next))

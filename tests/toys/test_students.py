@@ -10,14 +10,14 @@ import torch
 from mixtures import random
 
 import toys.distill
-from pitools import Imitation, Schedule, imitation_loss, sample, unshift_time
+from pitools import Imitation, Schedule, imitation_loss, integrate, sample, unshift_time
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.types import POINTS
 from toys.distill import Training, distill
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
 from toys.plots import student_path
-from toys.targets import load_target
+from toys.targets import Conditioned, load_target
 
 HEADS: list[Head] = [GMHead(6), DXHead(4), PolynomialHead(3), ShortcutHead()]
 SHORT = Training(steps=4, batch=32, learning_rate=1e-3, states=2, step_size=1 / 8, floor=1 / 8)
@@ -103,6 +103,17 @@ def test_evaluation_of_the_teacher_against_itself_and_of_a_bad_student() -> None
     assert noise["off_mode"] > 0.5
     assert noise["endpoint_rmse"] > 0.5
     assert noise["energy_distance"] > own["energy_distance"]
+
+
+def test_the_teacher_walks_the_students_grid() -> None:
+    target = load_target("ring8")
+    evaluation = Evaluation.prepare(target, 10, torch.device("cpu"))
+    field = Conditioned(target, evaluation.conditions)
+    expected = integrate(field, evaluation.noise, 1.0, 0.0, shift=4.0)
+    torch.testing.assert_close(evaluation.teacher(Schedule(nfe=2, shift=4.0), 2), expected, rtol=0, atol=1e-4)
+    assert (evaluation.teacher(Schedule(nfe=2), 2) - expected).abs().max() > 1e-4
+    assert evaluation.teacher_steps(Schedule(), 4) == 128
+    assert evaluation.teacher_steps(Schedule(), 3) == 129
 
 
 def test_class_accuracy_is_of_the_nearest_digit() -> None:
