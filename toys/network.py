@@ -16,6 +16,7 @@ from pitools.policies import GMHead, Head, Outputs, Segment
 from pitools.types import Conditions, Factorisation, Policy, Schedule, Time
 
 FREQUENCIES = 8
+OCTAVES = 4
 
 
 class ToyStudent(nn.Module):
@@ -42,7 +43,7 @@ class ToyStudent(nn.Module):
         self.sizes = head.sizes
         _, self.factors, self.channels = factorisation.pack(torch.zeros(1, *shape)).shape
         self.classes = classes
-        self.inlet = nn.Linear(math.prod(shape) + 2 * FREQUENCIES, width)
+        self.inlet = nn.Linear(math.prod(shape) * (1 + 2 * OCTAVES) + 2 * FREQUENCIES, width)
         self.label = nn.Embedding(classes, width) if classes else None
         self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.outlet = nn.Linear(width, sum(self._widths))
@@ -75,7 +76,8 @@ class ToyStudent(nn.Module):
         """The policy at latents `x_src` `[B, *shape]`, t_src in (0, 1]: float, 0-d or `[B]`."""
         batch = len(x_src)
         time = as_time("t_src", t_src, x_src)
-        hidden = self.inlet(torch.cat([x_src.flatten(1), _embed(time.expand(batch))], dim=1))
+        times = time.expand(batch)
+        hidden = self.inlet(torch.cat([_waves(x_src.flatten(1), times), _embed(times)], dim=1))
         if self.label is not None:
             if conditions is None or "class_labels" not in conditions:
                 raise ValueError('this student is class-conditional: pass conditions={"class_labels": [B]}')
@@ -91,6 +93,16 @@ class ToyStudent(nn.Module):
         velocities = (packed.unsqueeze(2) - denoised) / align(time, denoised)
         outputs = Outputs(velocities, factor.reshape(batch, self.factors, -1), sample)
         return self.head.read(outputs, packed, time, Segment(self.schedule.segment, self.schedule.shift))
+
+
+def _waves(x: Tensor, t: Tensor) -> Tensor:
+    """`[B, D]` with sines and cosines of 1, 2, 4 and 8 x, scaled by the signal's share 1 - t: `[B, (1 + 2 O) D]`.
+
+    Among many modes, which one a state belongs to changes faster in x than a small MLP can follow; pure noise
+    has no such detail to show.
+    """
+    angles = torch.cat([2**octave * x for octave in range(OCTAVES)], dim=1)
+    return torch.cat([x, align(1 - t, x) * torch.cat([angles.sin(), angles.cos()], dim=1)], dim=1)
 
 
 def _embed(t: Tensor) -> Tensor:
