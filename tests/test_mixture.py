@@ -98,6 +98,7 @@ def test_posterior_moments_and_density_agree_with_quadrature_in_1d(
     mass, first, second = quadrature_1d(weight, 0.0, 9.0)
     posterior = gm.condition(x_t, t, x_src, t_src)
     assert float(posterior.mean()) == pytest.approx(first / mass, rel=1e-8)
+    assert float(gm.velocity(x_t, t, x_src, t_src)) == pytest.approx((0.25 - first / mass) / t, rel=1e-8)
     spread = posterior.log_weights.exp() @ (posterior.means.squeeze(-1).square() + posterior.variance).mT
     assert float(spread) == pytest.approx(second / mass, rel=1e-8)
     for z in (-1.0, 0.1, 0.7):
@@ -106,7 +107,7 @@ def test_posterior_moments_and_density_agree_with_quadrature_in_1d(
 
 
 @pytest.mark.parametrize("variances", [[0.4, 0.4], [0.1, 0.6]])
-def test_posterior_mean_agrees_with_quadrature_in_2d(variances: list[float]) -> None:
+def test_posterior_mean_and_density_agree_with_quadrature_in_2d(variances: list[float]) -> None:
     means = np.array([[-0.8, 0.3], [0.9, -0.4]])
     gm = GaussianMixture(torch.tensor(means), f64([0.3, 0.7]).log(), f64(variances))
     x_src, x_t, t_src, t = np.array([0.3, -0.5]), np.array([0.1, -0.2]), 0.9, 0.5
@@ -123,8 +124,10 @@ def test_posterior_mean_agrees_with_quadrature_in_2d(variances: list[float]) -> 
     box = (-6, 6, -6, 6)
     mass = quadrature.dblquad(weight, *box, epsrel=1e-7)[0]
     mean = [quadrature.dblquad(lambda y, x, i=i: (x, y)[i] * weight(y, x), *box, epsrel=1e-7)[0] / mass for i in (0, 1)]
-    mine = gm.condition(torch.tensor(x_t)[None], t, torch.tensor(x_src)[None], t_src).mean()
-    np.testing.assert_allclose(mine[0].numpy(), mean, rtol=1e-5)
+    posterior = gm.condition(torch.tensor(x_t)[None], t, torch.tensor(x_src)[None], t_src)
+    np.testing.assert_allclose(posterior.mean()[0].numpy(), mean, rtol=1e-5)
+    for point in ([0.2, -0.3], [-0.7, 0.4]):
+        assert math.exp(float(posterior.log_prob(f64([point])))) == pytest.approx(weight(*point[::-1]) / mass, rel=1e-5)
 
 
 @given(cases(variance="shared"))
