@@ -36,6 +36,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from pitools.draws import Randomness, uniform
 from pitools.path import align, as_time
 from pitools.types import Time
 
@@ -175,18 +176,18 @@ class GaussianMixture:
             logits = logits + (self.variance / widest).log() * (self.channels / 2 * (1 - 1 / temperature))
         return GaussianMixture(self.means, logits, self.variance * temperature)
 
-    def dropped(self, rate: float, generator: torch.Generator | None = None) -> GaussianMixture:
+    def dropped(self, rate: float, generator: Randomness = None) -> GaussianMixture:
         """Each component left out with probability `rate`, the others renormalised (section 5.1).
 
-        One mask over K for each sample (leading dimension), the same for all its factors. A sample that
+        One mask over K for each sample (leading dimension), the same for all its factors; `generator` may be one
+        for each sample. A sample that
         would lose every component of some factor keeps them all. Raises `ValueError` unless 0 <= rate < 1.
         """
         if not 0 <= rate < 1:
             raise ValueError(f"rate must lie in [0, 1), got {rate}")
         shape = list(self.log_weights.shape)
         shape[1:-1] = [1] * len(shape[1:-1])
-        uniform = torch.rand(shape, generator=generator, dtype=self.means.dtype, device=self.means.device)
-        masked = self.log_weights.masked_fill(uniform < rate, -math.inf)
+        masked = self.log_weights.masked_fill(uniform(shape, generator, like=self.means) < rate, -math.inf)
         empty = (masked == -math.inf).all(-1, keepdim=True)
         if empty.ndim > 2:
             empty = empty.flatten(1).any(1).reshape(-1, *(1 for _ in shape[1:]))

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
 from einops import EinopsError, rearrange
-from torch import Generator, Tensor
+from torch import Tensor
+
+from pitools.draws import Randomness
 
 Time: TypeAlias = float | Tensor
 """A float, a 0-d tensor, or `[B]` aligned with the leading dimension of the state."""
@@ -57,7 +59,7 @@ class Tempered(Protocol):
 class Dropped(Protocol):
     """A policy that can lose components at random during training (paper, section 5.1)."""
 
-    def dropped(self, rate: float, generator: Generator | None = None) -> Policy:
+    def dropped(self, rate: float, generator: Randomness = None) -> Policy:
         """The policy without each component with probability `rate`."""
         ...
 

@@ -13,8 +13,8 @@ import toys
 
 ROOT = Path(pitools.__file__).parent
 # From the top down: a room imports from the rooms above it, never from below.
-ROOMS = ["types", "path", "mixture", "solvers", "policies", "kernels", "rollout", "objectives", "sampling", "metrics"]
-ROOMS += ["training", "cli"]
+ROOMS = ["draws", "types", "path", "mixture", "solvers", "policies", "kernels", "rollout", "guidance", "objectives"]
+ROOMS += ["sampling", "metrics", "training", "cli"]
 FOREIGN = {
     "pitools": {"toys", "scale", "diffusers", "peft", "transformers", "matplotlib"},
     "toys": {"scale", "diffusers", "peft"},

@@ -12,3 +12,5 @@ from pitools.policies.polynomial import PolynomialHead as PolynomialHead
 from pitools.policies.polynomial import PolynomialPolicy as PolynomialPolicy
 from pitools.policies.shortcut import ShortcutHead as ShortcutHead
 from pitools.policies.shortcut import ShortcutPolicy as ShortcutPolicy
+from pitools.policies.student import NetworkStudent as NetworkStudent
+from pitools.policies.student import PolicyNetwork as PolicyNetwork

@@ -14,6 +14,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pitools.draws import Randomness
 from pitools.mixture import GaussianMixture
 from pitools.path import align, as_time
 from pitools.policies.checks import check_state, parameters
@@ -78,7 +79,7 @@ class GMPolicy:
         """The policy at `temperature` (Eq. 4)."""
         return type(self)(self.mixture.tempered(temperature), self.x_src, self.t_src)
 
-    def dropped(self, rate: float, generator: torch.Generator | None = None) -> Self:
+    def dropped(self, rate: float, generator: Randomness = None) -> Self:
         """GM dropout (section 5.1): one mask for each sample over K, all factors alike, never all of K."""
         return type(self)(self.mixture.dropped(rate, generator), self.x_src, self.t_src)
 

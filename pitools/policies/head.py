@@ -8,7 +8,7 @@ networks know no policy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -24,9 +24,11 @@ class HeadSizes:
     sample: int = 0
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """velocities: `[B, L, V, C]`.  factor: `[B, L, E]`.  sample: `[B, P]`."""
+class Outputs(NamedTuple):
+    """velocities: `[B, L, V, C]`.  factor: `[B, L, E]`.  sample: `[B, P]`.
+
+    A tuple, so that wrappers which look for tensors in what a module returns (DDP, FSDP, compilers) find them.
+    """
 
     velocities: Tensor
     factor: Tensor
