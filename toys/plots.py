@@ -37,7 +37,7 @@ def plot_samples(path: Path, evaluation: Evaluation, students: Sequence[Student]
     rows.append(("exact teacher, 128 steps", evaluation.teacher(first[2].schedule, first[1])))
     rows += [(_title(name, nfe), evaluation.student(network, nfe)) for name, nfe, network in students]
     if len(evaluation.target.shape) > 1:
-        _sheet(path, [(title, images[:SHEET_COLUMNS]) for title, images in rows])
+        sheet(path, [(title, images[:SHEET_COLUMNS]) for title, images in rows])
         return
     limit = _limit(evaluation)
     figure, axes = _panels(len(rows))
@@ -130,7 +130,7 @@ def _frame(axis: Axes, title: str, limit: float) -> None:
     axis.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
 
 
-def _sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
+def sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
     """Rows of images `[N, 1, H, W]` in [-1, 1], one row for each title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -141,7 +141,7 @@ def _sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (title, images) in zip(axes, rows, strict=True):
         for axis, image in zip(line, images, strict=True):
-            axis.imshow(image[0].cpu(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+            axis.imshow(image[0].cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
     _save(figure, path)
@@ -154,7 +154,7 @@ def _film(path: Path, runs: Sequence[tuple[str, Tensor]]) -> None:
         for title, states in runs:
             picks = torch.linspace(0, len(states) - 1, FRAMES).round().long()
             rows.append((title, states[picks, index]))
-    _sheet(path, rows)
+    sheet(path, rows)
 
 
 def _save(figure: Figure, path: Path) -> None:

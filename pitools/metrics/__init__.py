@@ -1,5 +1,7 @@
-"""Distances between sets of points, and what becomes of the modes of a mixture."""
+"""Distances between sets of points or features, diversity, and what becomes of the modes of a mixture."""
 
+from pitools.metrics.features import class_diversity as class_diversity
+from pitools.metrics.features import frechet_distance as frechet_distance
 from pitools.metrics.points import ModeReport as ModeReport
 from pitools.metrics.points import endpoint_rmse as endpoint_rmse
 from pitools.metrics.points import energy_distance as energy_distance
