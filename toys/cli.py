@@ -47,7 +47,7 @@ def toy(
     """
     from rich.console import Console
 
-    from toys.distill import DivergenceError
+    from pitools.training import DivergenceError
     from toys.experiment import Experiment, run
 
     try:

@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 from pitools.objectives import imitation_loss
 from pitools.path import segments, shift_time
-from pitools.training import EMA, keyed_generator
+from pitools.training import EMA, DivergenceError, keyed_generator
 from toys.network import ToyStudent
 from toys.targets import Target
-
-
-class DivergenceError(RuntimeError):
-    """A loss or a gradient that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ def distill(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> EMA[ToyStudent]:
-    """Train `student` in place for schedules of `nfes` steps, in turn; returns its moving average.
+) -> EMA:
+    """Train `student` in place for schedules of `nfes` steps, in turn; returns the moving average of its weights.
 
     on_step: told the step (from 1) and its loss.  stopped: asked before each step whether to end early.
     Raises `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights.

@@ -16,9 +16,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
-from pitools.training import Interrupt, graceful_interrupt, keyed_generator
+from pitools.training import DivergenceError, Interrupt, graceful_interrupt, keyed_generator
 from pitools.types import Schedule
-from toys.distill import DivergenceError, Training, distill
+from toys.distill import Training, distill
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
 from toys.targets import Target, load_target
@@ -237,7 +237,8 @@ def _train(
     if not average:
         return None
     progress.stop_task(task)
-    return Trained(policy, nfes, ema.steps, ema.module)
+    ema.copy_to(student)
+    return Trained(policy, nfes, ema.steps, student.eval().requires_grad_(False))
 
 
 def _evaluate(experiment: Experiment, evaluation: Evaluation, trained: Sequence[Trained], start: float) -> Results:

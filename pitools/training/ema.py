@@ -3,38 +3,99 @@
     θ̂ ← β θ̂ + (1 - β) θ,    β_n = (1 - 1/n)^(γ + 1)
 
 at step n = 1, 2, ...: the average weights step i by i^γ, so that it forgets the start without a warm-up.
+Near the end of a run 1 - β is about (γ + 1)/n, far below bfloat16's rounding: the average has its own precision.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-M = TypeVar("M", bound=nn.Module)
+from pitools.training.checkpoint import check_keys, placed
 
 
-class EMA(Generic[M]):
-    """Averages the floating-point parameters of a module; buffers are copied.
+class EMA:
+    """Averages the trainable floating-point parameters of a module; it keeps no copy of what is frozen.
+
+    averages: parameter name -> its average, of the parameter's shape; sharded as it is where the module was
+        sharded (FSDP2) before.  steps: how many updates they hold.
 
     module: whose weights are followed.  gamma: γ >= 0; the larger, the shorter the memory.
+    dtype: of the averages; None for each parameter's own.
+    Raises `ValueError` for a negative gamma, a dtype that is not floating-point, or nothing to average.
     """
 
-    def __init__(self, module: M, gamma: float = 7.0) -> None:
-        if gamma < 0:
+    def __init__(self, module: nn.Module, gamma: float = 7.0, dtype: torch.dtype | None = torch.float32) -> None:
+        if not gamma >= 0:
             raise ValueError(f"gamma must not be negative, got {gamma}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, or None for each parameter's own, got {dtype}")
         self.gamma = gamma
         self.steps = 0
-        self.module: M = copy.deepcopy(module).eval().requires_grad_(False)
+        self.averages: dict[str, Tensor] = {
+            name: parameter.detach().to(dtype or parameter.dtype, copy=True)
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and parameter.is_floating_point()
+        }
+        if not self.averages:
+            raise ValueError("module has no floating-point parameter that requires a gradient: nothing to average")
 
     @torch.no_grad()
-    def update(self, module: M) -> None:
-        """Take in the weights of `module` after an optimiser step."""
+    def update(self, module: nn.Module) -> None:
+        """Take in the weights of `module` after an optimiser step. `ValueError` if it lacks one of them."""
+        parameters = self._parameters(module)
         self.steps += 1
         beta = (1 - 1 / self.steps) ** (self.gamma + 1)
-        for average, value in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(value, 1 - beta)
-        for copied, current in zip(self.module.buffers(), module.buffers(), strict=True):
-            copied.copy_(current)
+        for name, average in self.averages.items():
+            value = parameters[name].to(average.dtype)
+            if beta == 0:
+                average.copy_(value)
+            else:
+                # Not lerp, which sharded tensors did not always have.
+                average.add_(value - average, alpha=1 - beta)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the averages into the parameters of `module`, in the parameters' dtype. `ValueError` if it lacks one.
+
+        Nothing else of the module changes: neither buffers, nor parameters that were frozen.
+        """
+        for name, parameter in self._parameters(module).items():
+            parameter.copy_(self.averages[name])
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Within it, `module` has the averages; after it, also after an error, its own values, bit for bit."""
+        parameters = self._parameters(module)
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            self.copy_to(module)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors "steps", 0-d int64, and "averages/NAME" of each parameter, which are not copied."""
+        averages = {f"averages/{name}": average for name, average in self.averages.items()}
+        return {"steps": torch.tensor(self.steps), **averages}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state_dict`, whole or sharded. `CheckpointError` names keys too many or missing, and shapes."""
+        check_keys("the EMA's state", self.state_dict(), state)
+        for name, average in self.averages.items():
+            average.copy_(placed(state[f"averages/{name}"], average, f"averages/{name}"))
+        self.steps = int(state["steps"])
+
+    def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        # By name and not by requires_grad: switching adapters off also switches their gradients off.
+        parameters = dict(module.named_parameters())
+        missing = [name for name in self.averages if name not in parameters]
+        if missing:
+            raise ValueError(f"module has no parameter {missing[0]!r}; pass the module that the EMA was made from")
+        return {name: parameters[name] for name in self.averages}

@@ -1,0 +1,501 @@
+"""Checkpoints: folders that are either whole or refused by name.
+
+    checkpoints/step-00000500/manifest.json       step, meta, and the size and sha256 of every other file
+    checkpoints/step-00000500/model.safetensors   one file for each name that the caller gives
+
+A checkpoint is written under a temporary name, every file synced to the disk and the manifest last, and only
+then renamed; so a kill at any moment leaves the checkpoints before it, and at most something hidden that the
+next `save` clears away. Nothing is pickled. One process writes: with several, gather first (`gathered`,
+`optimiser_tensors`) and call `save` on one of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pitools.training.errors import CheckpointError
+from pitools.training.optimiser import SMALLEST_8BIT, LocalShards, is_sharded, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+JSON: TypeAlias = Mapping[str, "JSON"] | Sequence["JSON"] | str | int | float | bool | None
+"""What a manifest can hold; tuples come back as lists."""
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# Hidden names: what is being written, what is being deleted, and a good checkpoint that is about to be replaced.
+WRITING, DELETING, REPLACED = ".tmp-", ".tmp-removed-", ".replaced-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, read back bit for bit: file name -> tensor name -> tensor, on the CPU."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    meta: Mapping[str, Any]
+    path: Path
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, JSON],
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of `step` into `folder`, and return its path; one of the same step is replaced.
+
+    tensors: file name, of letters, digits, "-" and "_", -> tensor name -> tensor; of any dtype of safetensors,
+        on any device, whole (not DTensors); tensors that share memory are stored each on its own.
+    keep: how many checkpoints to keep, this one and those of the steps before it; later ones are left alone.
+    Raises `ValueError` for arguments that cannot be saved, and `CheckpointError` where the disk refuses; then
+    nothing has changed, and the message names the last good checkpoint.
+    """
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step must be a whole number of at least 0, got {step}")
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    for name in tensors:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ValueError(f"a file of tensors must be named with letters, digits, - and _, got {name!r}")
+    facts = json.loads(json.dumps({"format": FORMAT, "step": step, "meta": meta}))  # as it will be read back
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f"{WRITING}{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        temporary.mkdir()
+        files: dict[str, JSON] = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file(_storable(group), path)
+            _sync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest_of(path)}
+        manifest: dict[str, JSON] = {**facts, "files": files}
+        _write_text(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+        _sync(temporary)
+        if final.exists():
+            os.replace(final, folder / f"{REPLACED}{final.name}")
+        os.replace(temporary, final)
+        _sync(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            _clear(folder)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise CheckpointError(
+            f"step {step} could not be saved in {folder}: {error}. "
+            f"The last good checkpoint is {newest(folder) or 'none: there is no good one'}"
+        ) from error
+    try:
+        _clear(folder)
+        for old in [path for number, path in _numbered(folder) if number <= step][keep:]:
+            _delete(old)
+    except OSError as error:
+        raise CheckpointError(f"step {step} is saved, but older checkpoints could not be removed: {error}") from error
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, verified. `CheckpointError` names the file that is bad, and why."""
+    manifest = _verified(path)
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for name in manifest["files"]:
+        try:
+            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+    return Checkpoint(manifest["step"], tensors, manifest["meta"], path)
+
+
+def latest(folder: Path, on_refused: Callable[[CheckpointError], None]) -> Checkpoint | None:
+    """The newest good checkpoint in `folder`; None where there is none at all.
+
+    on_refused: told of each newer one that is bad.  Raises `CheckpointError` where all are bad.
+    """
+    refused: list[CheckpointError] = []
+    for _, path in _numbered(folder):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            refused.append(error)
+            on_refused(error)
+    if refused:
+        reasons = "; ".join(map(str, refused))
+        raise CheckpointError(f"none of the checkpoints in {folder} is good; move them away to start anew. {reasons}")
+    return None
+
+
+def newest(folder: Path) -> Path | None:
+    """The path of the newest good checkpoint in `folder`, verified but not loaded; None where there is none."""
+    for _, path in _numbered(folder):
+        with suppress(CheckpointError):
+            _verified(path)
+            return path
+    return None
+
+
+def write_json(path: Path, value: JSON) -> None:
+    """Write a JSON file so that it is there as a whole or, if this fails, as it was. `CheckpointError` on failure."""
+    _atomically(path, lambda temporary: _write_text(temporary, value))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file, all or nothing, as `write_json`; tensors as in `save`."""
+
+    def write(temporary: Path) -> None:
+        save_file(_storable(tensors), temporary, None if metadata is None else dict(metadata))
+        _sync(temporary)
+
+    _atomically(path, write)
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies on the CPU, of DTensors also. Every process must call it, with the same names in one order."""
+    return {name: _whole(tensor) for name, tensor in tensors.items()}
+
+
+def placed(value: Tensor, like: Tensor, name: str) -> Tensor:
+    """A whole tensor on the device of `like`, and sharded as `like` is; dtypes stay.
+
+    `CheckpointError` with the tensor's `name` where the shapes differ.
+    """
+    if value.shape != like.shape:
+        raise CheckpointError(f"{name} has the shape {tuple(value.shape)}, and {tuple(like.shape)} is needed")
+    if not is_sharded(like) or is_sharded(value):
+        return value.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded = cast("DTensor", like)
+    # Every process has the whole: no need to send it around.
+    return distribute_tensor(value.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def check_keys(owner: str, needed: Iterable[str], found: Iterable[str]) -> None:
+    """`CheckpointError` unless both are the same names; it gives the first few that are missing or surplus."""
+    needed, found = set(needed), set(found)
+    complaints = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", needed - found), ("surplus", found - needed))
+        if names
+    ]
+    if complaints:
+        raise CheckpointError(f"{owner} does not fit: {' and '.join(complaints)}")
+
+
+# The state of an optimiser. A parameter that has none yet is written down as such, so that a lost state is noticed.
+
+STATELESS = "none"
+MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
+QUANTISED = ("qmap1", "qmap2", "absmax1", "absmax2")
+
+
+def optimiser_tensors(
+    optimiser: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, Tensor]:
+    """The optimiser's state as copies on the CPU, "NAME/STATE KEY" -> tensor; whole numbers become 0-d int64.
+
+    Sharded states are gathered, so that every process must call this; they can be resumed on another number of
+    processes. Those of `LocalShards` can not: they are kept as they are, for each process on its own, under
+    "NAME/STATE KEY/rank0of2".  named_parameters: `module.named_parameters()`; those that the optimiser does not
+    have are passed over. Raises `ValueError` for one of the optimiser's without a name, or a state that is
+    neither a tensor nor a whole number.
+    """
+    optimiser = _bare(optimiser)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _named(optimiser, named_parameters).items():
+        state = {key: _as_tensor(f"{name}/{key}", value) for key, value in optimiser.state.get(parameter, {}).items()}
+        state = state or {STATELESS: torch.empty(0)}
+        if not isinstance(optimiser, LocalShards):
+            tensors |= {f"{name}/{key}": _whole(value) for key, value in state.items()}
+            continue
+        own = {key: _whole(value) for key, value in state.items()}
+        for rank, shard in enumerate(_from_all(own)):
+            tensors |= {f"{name}/{key}/{_place(rank)}": value for key, value in shard.items()}
+    return tensors
+
+
+def restore_optimiser(
+    optimiser: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give the optimiser the state that `optimiser_tensors` wrote, bit for bit; learning rates are not part of it.
+
+    Raises `CheckpointError`, before anything is changed, for keys that are missing or surplus, shapes that differ,
+    another kind of optimiser, and `LocalShards` on another number of processes than the state was saved from.
+    """
+    optimiser = _bare(optimiser)
+    named = _named(optimiser, named_parameters)
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in named}
+    surplus = []
+    for full, value in _of_this_process(optimiser, tensors).items():
+        name, _, key = full.rpartition("/")
+        if name in found:
+            found[name][key] = value
+        else:
+            surplus.append(full)
+    check_keys("the optimiser's state", [], surplus)
+    check_keys("the optimiser's state", named, [name for name, state in found.items() if state])
+    restored: dict[Tensor, dict[str, Any]] = {}
+    for name, parameter in named.items():
+        state = found[name]
+        if set(state) == {STATELESS}:
+            continue
+        if (needed := _state_keys(optimiser, parameter)) is not None:
+            check_keys(f"the optimiser's state of {name}", needed, state)
+        restored[parameter] = {
+            key: _as_state(optimiser, parameter, key, value, f"{name}/{key}") for key, value in state.items()
+        }
+    optimiser.state.clear()
+    optimiser.state.update(restored)
+
+
+def _bare(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Without accelerate's wrapper, in which `LocalShards` would pass for an optimiser of whole tensors."""
+    return getattr(optimiser, "optimizer", optimiser)
+
+
+def _named(
+    optimiser: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> dict[str, nn.Parameter]:
+    own = {parameter for group in optimiser.param_groups for parameter in group["params"]}
+    named = {name: parameter for name, parameter in named_parameters if parameter in own}
+    if len(set(named.values())) != len(own):
+        raise ValueError(
+            f"named_parameters names {len(set(named.values()))} of the optimiser's {len(own)} parameters; "
+            "pass those of the module that it was made for"
+        )
+    return named
+
+
+def _as_tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, int):
+        return torch.tensor(value)
+    raise ValueError(f"the optimiser's {name} must be a tensor or a whole number to be saved, got {value!r}")
+
+
+def _as_state(
+    optimiser: torch.optim.Optimizer, parameter: nn.Parameter, key: str, value: Tensor, name: str
+) -> Tensor | int:
+    if value.ndim == 0 and value.dtype == torch.int64:
+        return int(value)
+    if key in MOMENTS:
+        like = local(parameter) if isinstance(optimiser, LocalShards) else parameter
+        return placed(value, like, name).clone()
+    if key == "step":
+        # Where torch keeps it: on the CPU, unless the whole step runs on the device.
+        group = next(group for group in optimiser.param_groups if any(parameter is other for other in group["params"]))
+        device = parameter.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        return value.to(device, copy=True)
+    return value.to(parameter.device, copy=True)
+
+
+def _state_keys(optimiser: torch.optim.Optimizer, parameter: nn.Parameter) -> set[str] | None:
+    """The state of a parameter that has stepped; None for an optimiser that is not known here."""
+    if isinstance(optimiser, (torch.optim.Adam, torch.optim.AdamW)):
+        amsgrad = any(group["amsgrad"] for group in optimiser.param_groups)
+        return {"step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])}
+    inner = optimiser.inner if isinstance(optimiser, LocalShards) else optimiser
+    if type(inner).__name__ == "AdamW8bit":
+        quantised = local(parameter).numel() >= SMALLEST_8BIT
+        return {"step", "state1", "state2", *(QUANTISED if quantised else ())}
+    return None
+
+
+def _of_this_process(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of `tensors` that belongs here: all, or with `LocalShards` this rank's, without the suffix."""
+    worlds = {match[1] if (match := re.search(r"/rank\d+of(\d+)$", key)) else "" for key in tensors}
+    if not isinstance(optimiser, LocalShards):
+        if worlds - {""}:
+            raise CheckpointError(
+                f"the optimiser's state was saved from shards on {' or '.join(sorted(worlds - {''}))} processes, and "
+                "cannot be resumed unsharded; resume it on as many, or start the optimiser anew"
+            )
+        return dict(tensors)
+    rank, world = _rank_and_world()
+    if worlds - {str(world)}:
+        saved = " or ".join(f"shards on {size} processes" if size else "unsharded weights" for size in sorted(worlds))
+        raise CheckpointError(
+            f"the optimiser's state was saved from {saved}, and 8-bit states cannot be resumed as shards on {world}; "
+            "resume them as they were, or start the optimiser anew"
+        )
+    suffix = f"/{_place(rank)}"
+    return {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
+
+
+def _rank_and_world() -> tuple[int, int]:
+    from torch import distributed
+
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _place(rank: int) -> str:
+    return f"rank{rank}of{_rank_and_world()[1]}"
+
+
+def _from_all(own: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Every process's `own`, in order of their ranks."""
+    world = _rank_and_world()[1]
+    if world == 1:
+        return [own]
+    from torch import distributed
+
+    everyone: list[Any] = [None] * world
+    distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy on the CPU: what training goes on to change in place stays as it was at this step."""
+    tensor = tensor.detach()
+    whole = cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
+    return whole.to("cpu", copy=True)
+
+
+# Files.
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU that share no memory, as safetensors wants them."""
+    ready: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise ValueError(f"{name} is a DTensor, of which this process has a part; gather it first (`gathered`)")
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        ready[name] = plain
+    return ready
+
+
+def _atomically(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f"{WRITING}{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        raise CheckpointError(f"{path} could not be written: {error}") from error
+
+
+def _write_text(path: Path, value: JSON) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(manifest: Mapping[str, JSON]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all as they were written, or a `CheckpointError`."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, written = manifest["files"], manifest.pop("sha256")
+        known = manifest["format"] == FORMAT
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path / MANIFEST} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} is malformed: {error!r}") from error
+    if not known:
+        raise CheckpointError(f"{path / MANIFEST} has format {manifest['format']}; this version reads {FORMAT}")
+    if _digest(manifest) != written:
+        raise CheckpointError(f"{path / MANIFEST} is altered: it does not match its own sha256")
+    for name, facts in files.items():
+        try:
+            size = (path / name).stat().st_size
+            digest = _digest_of(path / name) if size == facts["bytes"] else None
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path / name} is missing") from error
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+        if digest is None:
+            kind = "truncated" if size < facts["bytes"] else "altered"
+            raise CheckpointError(f"{path / name} is {kind}: {size} bytes instead of {facts['bytes']}")
+        if digest != facts["sha256"]:
+            raise CheckpointError(f"{path / name} is altered: its sha256 is not the one of the manifest")
+    return cast("dict[str, Any]", manifest)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the finished checkpoints, good or bad, newest first.
+
+    One that was moved aside, and whose replacement never came, still counts.
+    """
+    found: dict[int, Path] = {}
+    for path in _entries(folder):
+        if match := re.fullmatch(rf"({re.escape(REPLACED)})?step-(\d{{8,}})", path.name):
+            step = int(match[2])
+            if not (match[1] and step in found):
+                found[step] = path
+    return sorted(found.items(), reverse=True)
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """What lies in `folder`, hidden names last; nothing where there is no such folder."""
+    if folder.is_dir():
+        yield from sorted(folder.iterdir(), key=lambda path: (path.name.startswith("."), path.name))
+
+
+def _clear(folder: Path) -> None:
+    """Undo or finish what a `save` left half-way, after a kill or an error."""
+    for path in list(_entries(folder)):
+        final = folder / path.name.removeprefix(REPLACED)
+        if path.name.startswith(REPLACED) and not final.exists():
+            os.replace(path, final)
+        elif path.name.startswith(REPLACED):
+            _delete(path)
+        elif path.name.startswith(WRITING):
+            shutil.rmtree(path)
+
+
+def _delete(path: Path) -> None:
+    """Hide, then delete: a kill half-way leaves no folder that looks like a checkpoint."""
+    hidden = path.with_name(f"{DELETING}{path.name.removeprefix('.')}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
