@@ -97,7 +97,7 @@ class GMHead:
 
     @property
     def sizes(self) -> HeadSizes:
-        return HeadSizes(velocities=self.components, factor=self.components, sample=1)
+        return HeadSizes(velocities=self.components, factor=self.components, sample=1, start="spread")
 
     def read(self, outputs: Outputs, x_src: Tensor, t_src: Time, segment: Segment) -> GMPolicy:
         return GMPolicy.from_velocity(outputs.velocities, outputs.factor, outputs.sample.squeeze(-1), x_src, t_src)

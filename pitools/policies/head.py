@@ -8,7 +8,7 @@ networks know no policy.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,11 +17,16 @@ from pitools.types import Policy, Time
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """velocities: V, for each factor.  factor: E, for each factor.  sample: P, for each sample."""
+    """velocities: V, for each factor.  factor: E, for each factor.  sample: P, for each sample.
+
+    start: how a network that starts as the teacher fills its velocities: every one is the teacher's ("tiled"), the
+    same but apart from each other ("spread"), or the first one is and the others are zero ("first").
+    """
 
     velocities: int
     factor: int = 0
     sample: int = 0
+    start: Literal["tiled", "spread", "first"] = "tiled"
 
 
 class Outputs(NamedTuple):

@@ -77,7 +77,7 @@ class PolynomialHead:
 
     @property
     def sizes(self) -> HeadSizes:
-        return HeadSizes(velocities=self.coefficients)
+        return HeadSizes(velocities=self.coefficients, start="first")
 
     def read(self, outputs: Outputs, x_src: Tensor, t_src: Time, segment: Segment) -> PolynomialPolicy:
         return PolynomialPolicy.from_velocity(outputs.velocities.transpose(1, 2), x_src, t_src, segment.shift)

@@ -1,0 +1,446 @@
+"""A whole run of `pitools distill`: teacher, students, evaluation, folder.
+
+    OUT/recipe.toml                      the recipe with every default filled in
+    OUT/NAME-4nfe/                       log.jsonl, checkpoints, sheets, and student.safetensors (averaged weights)
+    OUT/metrics.json, samples.png        how the students compare with the teacher
+    OUT/../teachers/HASH/                the teacher, shared by all recipes with the same one
+
+Run again, it goes on where it was; what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pitools.guidance import Teacher, frozen
+from pitools.policies import NetworkStudent
+from pitools.rollout import integrate
+from pitools.sampling import sample
+from pitools.training.checkpoint import write_json, write_tensors
+from pitools.training.config import RecipeError, to_toml
+from pitools.training.data import Evaluation, OnChunk, to_device
+from pitools.training.engine import Engine
+from pitools.training.errors import CheckpointError, DivergenceError
+from pitools.training.interrupt import stopping
+from pitools.training.jobs import Call, Distillation, FlowMatching
+from pitools.training.loop import train
+from pitools.training.random import keyed_generator, sample_generators
+from pitools.training.recipe import Plan, StudentSection, changed_keys
+from pitools.types import Conditions
+
+SHEET = 20
+"""Images in a row of a sheet."""
+
+CLAIMING = ".recipe.toml.new"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a run: its section, its NFE and its folder."""
+
+    name: str
+    section: StudentSection
+    nfe: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.nfe}nfe"
+
+
+def members(plan: Plan) -> list[Member]:
+    """The students that a recipe asks for, in order."""
+    return [
+        Member(name, section, nfe, plan.out / f"{name}-{nfe}nfe")
+        for name, section in plan.recipe.students.items()
+        for nfe in section.nfe
+    ]
+
+
+def distill(plan: Plan, console: Console) -> None:
+    """Train what is missing, compare, and write the folder.
+
+    Raises `RecipeError` before any training where the recipe, the launcher or the folder do not fit; `Stopped`,
+    `DivergenceError` and `CheckpointError` as `train` does, and also for the comparison and its files.
+    """
+    start = time.perf_counter()
+    recipe = plan.recipe
+    try:
+        engine = Engine(recipe.engine)
+    except ImportError as error:
+        raise RecipeError(
+            f'distillation needs the extra "scale" ({error}): run `pip install "pitools[scale]"`'
+        ) from error
+    check_engine(plan, engine)
+    engine.on_main(lambda: check_folder(plan))
+    untrained = _new_teacher(plan)  # before anything is written: sizes that no network can have are told here
+    engine.check(untrained)
+    engine.on_main(lambda: claim(plan))
+
+    with stopping(f"{plan.out.name} stopped outside training"):
+        teacher_network = _teacher(plan, untrained, engine, console)
+        teacher = Teacher(partial(engine.call, teacher_network), recipe.teacher.guidance, plan.data.null_conditions)
+        for member in members(plan):
+            _student(plan, member, teacher_network, teacher, engine, console)
+        if engine.main:
+            evaluation = plan.data.evaluation(teacher, engine.device)
+            with _progress(console) as progress:
+                results, rows = _compare(plan, evaluation, teacher_network, engine, progress)
+            sheet = plan.out / "samples.png"
+            try:
+                plan.data.draw_sheet(sheet, [(title, images[:SHEET]) for title, images in rows])
+            except OSError as error:
+                raise CheckpointError(f"{sheet} could not be written: {error.strerror or error}") from error
+            # Last, so that a folder with metrics.json is complete.
+            results["seconds"] = round(time.perf_counter() - start, 2)
+            write_json(plan.out / "metrics.json", results)
+            console.print(_table(plan, results))
+            _tell(console, f"Wrote {plan.out}/ (metrics.json, samples.png, recipe.toml, weights).")
+
+
+def describe(plan: Plan) -> str:
+    """The whole recipe as TOML, and as comments what it will train and about how much memory that takes.
+
+    Builds the networks, and runs each student forward on one sample to see what its graph keeps.
+    """
+    training = plan.recipe.training
+    teacher = frozen(_new_teacher(plan))
+    lines = [to_toml(plan.table).rstrip(), "", f"# folder: {plan.out}"]
+    frozen_count = sum(value.numel() for value in teacher.parameters())
+    lines.append(f"# teacher: {frozen_count:,} frozen parameters, {_mib(_bytes(teacher.parameters()))}")
+    latents, conditions = plan.data.batch([0])
+    for member in members(plan):
+        student = build_student(plan, member, teacher)
+        network = cast(nn.Module, student.network)
+        trained = [value for value in network.parameters() if value.requires_grad]
+        count, idle = sum(value.numel() for value in trained), sum(value.numel() for value in network.parameters())
+        state = 2 if training.optimiser.name == "adamw8bit" else 8
+        average = {"float32": 4, "bfloat16": 2, "own": 4}[training.ema_dtype]
+        fixed = _bytes(network.parameters()) + _bytes(trained) + (state + average) * count
+        graph = _graph_bytes(network, latents, conditions) * (training.batch // training.accumulation)
+        lines.append(
+            f"# {member.label}: {count:,} trained and {idle - count:,} frozen parameters; weights, gradients, "
+            f"optimiser and EMA {_mib(fixed)}; graph of the network {_mib(graph)} on one process"
+        )
+    return "\n".join(lines)
+
+
+def _graph_bytes(network: nn.Module, latents: Tensor, conditions: Conditions) -> int:
+    """What autograd keeps of one forward pass, besides the parameters."""
+    own = {value.untyped_storage().data_ptr() for value in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        outputs = network(latents, torch.ones(len(latents)), conditions)  # kept alive, so that no address is used twice
+        return sum(kept.values()) if outputs is not None else 0
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def check_engine(plan: Plan, engine: Engine) -> None:
+    """`RecipeError` for what the recipe asks of these processes and this device, and cannot have."""
+    recipe = plan.recipe
+    try:
+        for section, training in (("teacher.training", recipe.teacher.training), ("training", recipe.training)):
+            where = section
+            engine.rows(training.batch, training.accumulation)
+            if training.optimiser.name == "adamw8bit":
+                import bitsandbytes  # noqa: F401
+    except ValueError as error:
+        raise RecipeError(f"[{where}] {error}") from None
+    except ImportError as error:
+        raise RecipeError(
+            f'[{where}.optimiser] name = "adamw8bit" needs bitsandbytes ({error}): run `pip install "pitools[scale]"`'
+        ) from None
+    if engine.sharded and recipe.engine.compile:
+        raise RecipeError('[engine] compile = true and parallel = "fsdp2" are not supported together; choose one')
+
+
+def check_folder(plan: Plan) -> None:
+    """`RecipeError` for a folder that holds something other than a run of this recipe."""
+    path = plan.out / "recipe.toml"
+    if path.exists():
+        try:
+            old = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is damaged ({error}); name another folder with --set run.out=...") from None
+        if names := changed_keys(old, tomllib.loads(_claimed(plan))):
+            raise RecipeError(
+                f"{plan.out} holds a run of another recipe, which differs in {', '.join(names[:4])}; "
+                "name another folder with --set run.out=..."
+            )
+        return
+    # A folder that was killed while being claimed is empty but for what `claim` left.
+    if plan.out.exists() and (not plan.out.is_dir() or any(entry.name != CLAIMING for entry in plan.out.iterdir())):
+        raise RecipeError(f"{plan.out} exists and is not the folder of a run; name another with --set run.out=...")
+
+
+def claim(plan: Plan) -> None:
+    """Make the run's folder and note its recipe, unless that is done.
+
+    `RecipeError` for a place where no folder can be, `CheckpointError` for a disk that refuses.
+    """
+    path, temporary = plan.out / "recipe.toml", plan.out / CLAIMING
+    if path.exists():
+        return
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(_claimed(plan))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise RecipeError(
+            f"{plan.out} cannot be written ({error.strerror}); name another folder with --set run.out=..."
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written: {error.strerror or error}") from error
+
+
+def _claimed(plan: Plan) -> str:
+    """The recipe without what a run may be moved to: its folder, and the processes and devices that it runs on."""
+    table = plan.table
+    kept = {key: value for key, value in table.items() if key != "engine"}
+    kept["run"] = {key: value for key, value in table["run"].items() if key != "out"}
+    kept["engine"] = {"precision": table["engine"]["precision"]}
+    return to_toml(kept)
+
+
+def _new_teacher(plan: Plan) -> nn.Module:
+    """The teacher's network as it starts. `RecipeError` for sizes that it cannot have."""
+    try:
+        return plan.backbone.teacher(keyed_generator(plan.recipe.run.seed, "teacher weights"))
+    except ValueError as error:
+        raise RecipeError(f"[backbone] {error}") from error
+
+
+def _teacher(plan: Plan, network: nn.Module, engine: Engine, console: Console) -> nn.Module:
+    """The teacher's network, frozen: from the cache, or trained into it."""
+    recipe = plan.recipe
+    folder = plan.out.parent / "teachers" / plan.teacher_hash
+    path = folder / "teacher.safetensors"
+    if path.exists():
+        if engine.main:
+            _tell(console, f"The teacher is {path}")
+    else:
+        job = FlowMatching(network, plan.data.null_conditions, recipe.teacher.label_dropout, recipe.teacher.shift)
+        weights = train(
+            job,
+            recipe.teacher.training,
+            plan.data,
+            engine,
+            seed=recipe.run.seed,
+            folder=folder,
+            name="teacher",
+            console=console,
+        )
+        engine.on_main(lambda: write_tensors(path, weights))
+        network = _new_teacher(plan)
+    _load(network, path)
+    return frozen(network).to(engine.device)
+
+
+def build_student(plan: Plan, member: Member, teacher_network: nn.Module) -> NetworkStudent:
+    """A student as it starts: a copy of the teacher, with a head."""
+    head = member.section.head
+    generator = keyed_generator(plan.recipe.run.seed, f"head {member.label}")
+    network = plan.backbone.student(teacher_network, head, generator)
+    return NetworkStudent(network, head, member.section.schedule(member.nfe), plan.backbone.factorisation)
+
+
+def _student(
+    plan: Plan, member: Member, teacher_network: nn.Module, teacher: Teacher, engine: Engine, console: Console
+) -> None:
+    """Train a student, unless its weights are there."""
+    path = member.folder / "student.safetensors"
+    if path.exists():
+        if engine.main:
+            _tell(console, f"{member.label} is trained: {path}")
+        return
+    student = build_student(plan, member, teacher_network)
+    recipe = plan.recipe
+    sheet = Sheet(plan, student, teacher, engine)
+    weights = train(
+        Distillation(student, teacher, member.section.objective),
+        recipe.training,
+        plan.data,
+        engine,
+        seed=recipe.run.seed,
+        folder=member.folder,
+        name=member.label,
+        console=console,
+        draw_sheet=sheet.draw,
+    )
+    metadata = {"policy": member.section.policy, "schedule": json.dumps(vars(member.section.schedule(member.nfe)))}
+    engine.on_main(lambda: write_tensors(path, weights, metadata))
+
+
+class Sheet:
+    """Pictures of a student in training: the teacher's samples above the student's, from fixed noise."""
+
+    def __init__(self, plan: Plan, student: NetworkStudent, teacher: Teacher, engine: Engine) -> None:
+        self.plan, self.student, self.teacher, self.engine = plan, student, teacher, engine
+        count = min(SHEET, len(plan.data))
+        keys = sample_generators(0, "sheet", 0, range(count))
+        noise = torch.stack([torch.randn(plan.data.shape, generator=key) for key in keys])
+        _, conditions = plan.data.batch(range(count))
+        self.noise, self.conditions = noise.to(engine.device), to_device(conditions, engine.device)
+        self.reference: Tensor | None = None
+
+    def draw(self, network: Call, path: Path | None) -> None:
+        """Draw the student with `network` in the place of its own; every process calls this, one draws."""
+        images = sample(replace(self.student, network=network), self.noise, conditions=self.conditions)
+        if path is None:
+            return
+        if self.reference is None:
+            field = _Given(self.teacher, self.conditions)
+            self.reference = integrate(field, self.noise, 1.0, 0.0, step_size=1 / self.plan.recipe.teacher.steps)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = f"student, {self.student.schedule.nfe} NFE"
+        self.plan.data.draw_sheet(path, [("teacher", self.reference), (title, images)])
+
+
+@dataclass(frozen=True)
+class _Given:
+    teacher: Teacher
+    conditions: Conditions
+
+    def velocity(self, x_t: Tensor, t: Tensor, /) -> Tensor:
+        return self.teacher.velocity(x_t, t, self.conditions)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], OnChunk]]:
+    """Within it, shows for each title how many samples are drawn: as a bar, or a line for each chunk."""
+    if not console.is_terminal:
+
+        def lines(title: str) -> OnChunk:
+            return lambda done, total: _tell(console, f"Comparing: {title}, {done}/{total} samples")
+
+        yield lines
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def bars(title: str) -> OnChunk:
+            task = progress.add_task(f"Comparing: {title}", total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bars
+
+
+def _compare(
+    plan: Plan,
+    evaluation: Evaluation,
+    teacher_network: nn.Module,
+    engine: Engine,
+    progress: Callable[[str], OnChunk],
+) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    """The contents of metrics.json, and the samples behind them. `DivergenceError` for samples without metrics."""
+    steps = plan.recipe.teacher.steps
+    title = f"teacher, {steps} steps"
+    reference = evaluation.reference(1 / steps, 1.0, progress(title))
+    teacher = _metrics(evaluation, title, reference, reference)
+    rows: list[dict[str, Any]] = []
+    samples = [(title, reference)]
+    for member in members(plan):
+        student = build_student(plan, member, teacher_network)
+        network = cast(nn.Module, student.network)
+        _load(network, member.folder / "student.safetensors")
+        network = frozen(network).to(engine.device)
+        title = f"{member.name}, {member.nfe} NFE"
+        called = replace(student, network=partial(engine.call, network))
+        images = evaluation.student(called, member.nfe, progress(title))
+        metrics = _metrics(evaluation, title, images, reference)
+        rows.append({"policy": member.name, "nfe": member.nfe, "steps": plan.recipe.training.steps, **metrics})
+        samples.append((title, images))
+    return {"teacher": teacher, "students": rows}, samples
+
+
+def _metrics(evaluation: Evaluation, title: str, samples: Tensor, reference: Tensor) -> dict[str, float]:
+    if not bool(samples.isfinite().all()):
+        raise DivergenceError(
+            f"{title}: {int((~samples.isfinite()).sum())} values of the samples are not finite; "
+            "train it with a lower learning rate"
+        )
+    return dict(evaluation.metrics(samples, reference))
+
+
+def _load(network: nn.Module, path: Path) -> None:
+    """Trained weights into a network that has the others already.
+
+    `RecipeError` for a file that does not fit, `CheckpointError` for one that cannot be read.
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it, and it is written again from the last checkpoint"
+        ) from error
+    known = network.state_dict()
+    surplus = [name for name, value in weights.items() if name not in known or known[name].shape != value.shape]
+    if surplus:
+        raise RecipeError(f"{path} does not fit this recipe: {surplus[0]} is of another network; delete it")
+    network.load_state_dict(weights, strict=False)
+
+
+HEADINGS = {
+    "class_accuracy": "right class",
+    "frechet_data": "FD data",
+    "frechet_teacher": "FD teacher",
+    "diversity_ratio": "diversity",
+    "endpoint_rmse": "RMSE",
+}
+
+
+def _tell(console: Console, message: str) -> None:
+    # A path may look like markup, and is easier to copy from one line.
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(plan: Plan, results: Mapping[str, Any]) -> Table:
+    table = Table(title=f"{plan.out.name}, {results['seconds']} s")
+    table.add_column("student")
+    table.add_column("NFE", justify="right")
+    teacher: Mapping[str, float] = results["teacher"]
+    for key in teacher:
+        table.add_column(HEADINGS.get(key, key), justify="right")
+    rows: Sequence[Mapping[str, Any]] = results["students"]
+    table.add_row("teacher", str(plan.recipe.teacher.steps), *(_show(key, value) for key, value in teacher.items()))
+    for row in rows:
+        table.add_row(str(row["policy"]), str(row["nfe"]), *(_show(key, row[key]) for key in teacher))
+    return table
+
+
+def _show(key: str, value: float) -> str:
+    return f"{value:.2%}" if key.endswith("accuracy") else f"{value:.4f}"

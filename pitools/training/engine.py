@@ -1,0 +1,164 @@
+"""Processes, devices and precision: one process, DDP or FSDP2, as the launcher and the recipe say.
+
+accelerate knows how the run was launched and gives autocast. DDP and FSDP2 are torch's own wrappers: accelerate
+shards on GPUs only, and keeps every model it has wrapped, where a distillation has one student after another.
+Weights stay in their own dtype and only a network's forward pass is autocast, so that a policy sees float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from pitools.training.config import RecipeError
+from pitools.types import Conditions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class EngineSection:
+    """The recipe's section [engine].
+
+    device: "cpu", "cuda" or "auto".  precision: of a network's forward pass; weights keep their own.  parallel: how
+    several processes share a network.  gradient_checkpointing: recompute activations in the backward pass.
+    compile: `torch.compile` the student's network.  tensorboard: also log there.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bf16"] = "float32"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    tensorboard: bool = True
+
+
+class Shardable(Protocol):
+    """A network that says what FSDP2 should shard apart, inner modules first."""
+
+    def shards(self) -> list[nn.Module]:
+        """The modules."""
+        ...
+
+
+class Engine:
+    """How this process takes part in a run. `RecipeError` for a device that is not here."""
+
+    def __init__(self, section: EngineSection) -> None:
+        from accelerate import Accelerator
+
+        if section.device == "cuda" and not torch.cuda.is_available():
+            raise RecipeError('[engine] device is "cuda", and torch sees no GPU; use "auto" or "cpu"')
+        self.section = section
+        self.accelerator: Accelerator = Accelerator(
+            cpu=section.device == "cpu" or not torch.cuda.is_available(),
+            mixed_precision="bf16" if section.precision == "bf16" else "no",
+        )
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are split between processes."""
+        return self.world > 1 and self.section.parallel == "fsdp2"
+
+    def check(self, network: nn.Module) -> None:
+        """`RecipeError` for what the recipe asks of a network that cannot do it."""
+        if self.section.gradient_checkpointing and not hasattr(network, "checkpoint_gradients"):
+            raise RecipeError(
+                f"[engine] gradient_checkpointing is not supported by a {type(network).__name__}; set it to false"
+            )
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """The network on this device, wrapped as the recipe says. Its parameters keep their names within it."""
+        self.check(network)
+        network.to(self.device)
+        if self.section.gradient_checkpointing:
+            cast(Any, network).checkpoint_gradients()
+        if self.section.compile:
+            network.compile()
+        if self.sharded:
+            return self._sharded(network)
+        if self.world == 1:
+            return network
+        # Buffers are the same everywhere already: they come with the weights, and no forward pass changes them.
+        devices = None if self.device.type == "cpu" else [self.device]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+
+    def _sharded(self, network: nn.Module) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        # A head's outputs are views; nothing changes them in place.
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for module in cast(Shardable, network).shards() if hasattr(network, "shards") else []:
+            fully_shard(module, mesh=mesh)
+        # The outermost, too: by default it would stay whole after a forward pass that no backward pass follows,
+        # and the next step would see the averaged weights of a sheet.
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
+        return network
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, conditions: Conditions | None = None) -> Any:
+        """The network's answer, its forward pass in the recipe's precision."""
+        with self.accelerator.autocast():
+            return network(x, t, conditions)
+
+    @contextmanager
+    def syncing(self, network: nn.Module, wanted: bool) -> Iterator[None]:
+        """Within it, a forward and backward pass exchanges gradients with the other processes only if `wanted`."""
+        if self.sharded:
+            cast(Any, network).set_requires_gradient_sync(wanted)
+        skip = self.world > 1 and not self.sharded and not wanted
+        with cast(Any, network).no_sync() if skip else nullcontext():
+            yield
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes."""
+        return cast(Tensor, self.accelerator.reduce(values, reduction="mean")) if self.world > 1 else values
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Do `action` on the main process while the others wait; an error there is raised on all of them."""
+        error: Exception | None = None
+        if self.main:
+            try:
+                action()
+            except Exception as raised:
+                error = raised
+        if self.world > 1:
+            from torch.distributed import broadcast_object_list
+
+            told = [error]
+            broadcast_object_list(told, device=self.device)
+            error = error or told[0]
+        if error is not None:
+            raise error
+
+    def rows(self, batch: int, accumulation: int) -> list[range]:
+        """This process's rows of the global batch, for each accumulation step.
+
+        `ValueError` for a batch that does not divide evenly.
+        """
+        parts = self.world * accumulation
+        if batch < parts or batch % parts:
+            raise ValueError(
+                f"batch {batch} does not divide among {self.world} processes x {accumulation} accumulation steps; "
+                f"use a multiple of {parts}"
+            )
+        size = batch // parts
+        return [range(start, start + size) for start in range(self.rank * size, batch, self.world * size)]

@@ -1,0 +1,128 @@
+"""What a loop trains: a student by π-ID, or a teacher by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Generator, Tensor, nn
+
+from pitools.draws import normal, uniform
+from pitools.guidance import Teacher
+from pitools.objectives import PiID, flow_matching_loss, segment_losses
+from pitools.path import align
+from pitools.policies import NetworkStudent, Outputs
+from pitools.training.clock import Clock, TimedNetwork, TimedTeacher
+from pitools.types import Conditions, Time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a step: latents x_0 `[B, ...]`, their conditions, and a generator for each sample."""
+
+    latents: Tensor
+    conditions: Conditions
+    randomness: Sequence[Generator]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a step's loss, 0-d and with a graph, and what to call it in an error."""
+
+    loss: Tensor
+    name: str
+
+
+Call = Callable[..., Any]
+"""A network as the engine calls it: (x, t, conditions) -> its answer."""
+
+
+class Job(Protocol):
+    """What is trained, and by which loss."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Whose parameters are trained."""
+        ...
+
+    @property
+    def parts(self) -> int:
+        """How many parts a step has; each goes backward before the next is asked for."""
+        ...
+
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
+        """The parts of step `step`, from 0, with `network` in the place of `self.network`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """π-ID of a student whose network is a module; the teacher's network is called through `ask`."""
+
+    student: NetworkStudent
+    teacher: Teacher
+    objective: PiID
+
+    @property
+    def network(self) -> nn.Module:
+        """The student's."""
+        return cast(nn.Module, self.student.network)
+
+    @property
+    def parts(self) -> int:
+        """One, or data-free one for each segment."""
+        return self.student.schedule.nfe if self.objective.data_free else 1
+
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
+        """The segments' losses (Algorithms 2 and 3)."""
+        student = replace(self.student, network=TimedNetwork(cast(Callable[..., Outputs], network), clock))
+        latents = batch.latents
+        if self.objective.data_free:
+            latents = normal(latents.shape, batch.randomness, like=latents)
+        nfe = self.student.schedule.nfe
+        for segment in segment_losses(
+            self.objective,
+            TimedTeacher(self.teacher, clock),
+            student,
+            latents,
+            batch.conditions,
+            step,
+            batch.randomness,
+        ):
+            which = f"segment {segment.index + 1} of {nfe}" if self.objective.data_free else f"segments of {nfe} NFE"
+            yield Part(segment.loss, which)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """A teacher's own training (paper, Eq. 2), its conditions replaced by the null ones at a rate `label_dropout`."""
+
+    network: nn.Module
+    null_conditions: Conditions
+    label_dropout: float = 0.1
+    shift: float = 1.0
+    parts: int = 1
+
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
+        """The flow-matching loss."""
+        dropped = uniform([len(batch.latents)], batch.randomness, like=batch.latents) < self.label_dropout
+        conditions = dict(batch.conditions)
+        for name, null in self.null_conditions.items():
+            own = conditions[name]
+            null = torch.as_tensor(null, dtype=own.dtype, device=own.device)
+            conditions[name] = torch.where(align(dropped, own), null, own)
+        field = _Field(network, clock)
+        loss = flow_matching_loss(field, batch.latents, conditions, batch.randomness, self.shift).mean()
+        yield Part(loss, "flow matching")
+
+
+@dataclass(frozen=True)
+class _Field:
+    network: Call
+    clock: Clock
+
+    def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+        with self.clock.in_network():
+            return cast(Tensor, self.network(x_t, t, conditions)).float()

@@ -1,0 +1,285 @@
+"""The training loop. A step from top to bottom:
+
+    for each accumulation step:  rows of the global batch -> data and draws keyed by (seed, step, row)
+        for each part of the loss:  forward, backward
+    one reduction: losses, and whether to stop -> check that everything is finite
+    clip, optimiser step, EMA, log; now and then a checkpoint or a sheet of samples
+
+Every number of a step is a function of the recipe and the step, so that a run which goes on from a checkpoint
+ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from pitools.training import checkpoint
+from pitools.training.clock import Clock
+from pitools.training.data import Data, data_indices, to_device
+from pitools.training.ema import EMA
+from pitools.training.engine import Engine
+from pitools.training.errors import CheckpointError, DivergenceError, Stopped
+from pitools.training.interrupt import Interrupt, graceful_interrupt
+from pitools.training.jobs import Batch, Call, Job
+from pitools.training.log import RunLog, StepRecord, peak_memory
+from pitools.training.optimiser import Optimiser, build_optimiser, clip_at, learning_rate_at
+from pitools.training.random import sample_generators
+
+EMA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "own": None}
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe's section [training], or [teacher.training].
+
+    steps: optimiser steps.  batch: samples a step, over all processes and accumulation steps.  accumulation: how
+    many forward and backward passes a step is split into.  ema_gamma: Karras's γ.  ema_dtype: of the averages;
+    "own" is each parameter's.  checkpoint_every, log_every, sheet_every: in steps; no sheets with 0.  keep: how
+    many checkpoints stay.
+    """
+
+    steps: int
+    batch: int
+    accumulation: int = 1
+    ema_gamma: float = 7.0
+    ema_dtype: Literal["float32", "bfloat16", "own"] = "float32"
+    checkpoint_every: int = 250
+    keep: int = 2
+    log_every: int = 10
+    sheet_every: int = 0
+    optimiser: Optimiser = field(default_factory=Optimiser)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulation", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch % self.accumulation:
+            raise ValueError(
+                f"batch {self.batch} does not divide into {self.accumulation} accumulation steps; use a multiple"
+            )
+        if self.sheet_every < 0:
+            raise ValueError(f"sheet_every must not be negative, got {self.sheet_every}")
+        if not self.ema_gamma >= 0:
+            raise ValueError(f"ema_gamma must not be negative, got {self.ema_gamma}")
+
+
+def train(
+    job: Job,
+    section: Training,
+    data: Data,
+    engine: Engine,
+    *,
+    seed: int,
+    folder: Path,
+    name: str,
+    console: Console,
+    draw_sheet: Callable[[Call, Path | None], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train `job` to its last step, from the newest good checkpoint in `folder` if there is one.
+
+    name: of the run on the console and among the keys of its draws.  draw_sheet: given the averaged network and
+    where to draw to (None on every process but the first, all of which call it).
+    Returns the averaged weights, whole and on the CPU. Raises `DivergenceError` at the first loss or gradient that
+    is not finite, before it reaches the weights, and for weights that are not, before they are saved; `Stopped`
+    after a signal, with everything saved; `CheckpointError` where nothing can be saved, naming the last good
+    checkpoint.
+    """
+    rows = engine.rows(section.batch, section.accumulation)
+    network, plain = engine.prepare(job.network), job.network
+    plain.train()
+    named = [(key, value) for key, value in plain.named_parameters() if value.requires_grad]
+    optimiser = build_optimiser(section.optimiser, plain.parameters(), sharded=engine.sharded)
+    ema = EMA(plain, section.ema_gamma, EMA_DTYPES[section.ema_dtype])
+    checkpoints = folder / "checkpoints"
+    start, log_state = _resume(checkpoints, named, optimiser, ema, engine, console)
+
+    def call(x: Tensor, t: Tensor, conditions: Mapping[str, object] | None = None) -> object:
+        return engine.call(network, x, t, conditions)
+
+    with _writing(folder / "log.jsonl", checkpoints):
+        log = RunLog(
+            folder if engine.main else None,
+            console if engine.main else None,
+            section.steps,
+            name,
+            start,
+            engine.section.tensorboard,
+            section.log_every,
+            log_state,
+        )
+    with _closed(log, folder / "log.jsonl", checkpoints), graceful_interrupt() as interrupt:
+        for step in range(start, section.steps):
+            clock = Clock(engine.device)
+            losses: list[Tensor] = []
+            names: list[str] = []
+            for micro, own in enumerate(rows):
+                batch = _batch(data, seed, name, step, section.batch, own, engine)
+                parts = job.losses(call, step, batch, clock)
+                for index in range(job.parts):
+                    last = micro == len(rows) - 1 and index == job.parts - 1
+                    with engine.syncing(network, last):
+                        with clock.forward():
+                            part = next(parts)
+                        with clock.backward():
+                            (part.loss / len(rows)).backward()
+                    losses.append(part.loss.detach() / len(rows))
+                    names.append(part.name)
+
+            *values, stop = engine.mean(torch.stack([*losses, _flag(interrupt, engine.device)])).tolist()
+            norm = _clipped([value for _, value in named], clip_at(section.optimiser, step))
+            if not all(map(math.isfinite, [*values, norm])):
+                raise _diverged(name, step, values, names, norm, checkpoints)
+            rate = learning_rate_at(section.optimiser, step, section.steps)
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ema.update(plain)
+
+            done, seconds = step + 1, clock.seconds
+            memory = peak_memory(engine.device)
+            with _writing(folder / "log.jsonl", checkpoints):
+                log.record(StepRecord(done, sum(values), rate, norm, seconds, clock.network, clock.policy, memory))
+            if draw_sheet is not None and section.sheet_every and done % section.sheet_every == 0:
+                sheet = folder / "samples" / f"step-{done:06d}.png"
+                with _writing(sheet, checkpoints), ema.applied(plain), torch.no_grad():
+                    plain.eval()
+                    draw_sheet(call, sheet if engine.main else None)
+                    plain.train()
+                    log.image("samples", sheet, done)
+            if stop or done == section.steps or done % section.checkpoint_every == 0:
+                _save(checkpoints, name, done, section.keep, named, optimiser, ema, log, engine)
+            if stop and done < section.steps:
+                raise _stopped(name, done, section.steps, interrupt)
+        # A signal during the last step must not be lost on what comes after this training.
+        if engine.mean(_flag(interrupt, engine.device)).item():
+            raise _stopped(name, section.steps, section.steps, interrupt)
+    return checkpoint.gathered(ema.averages)
+
+
+def _batch(data: Data, seed: int, name: str, step: int, size: int, rows: range, engine: Engine) -> Batch:
+    latents, conditions = data.batch(data_indices(seed, len(data), step, size, rows))
+    generators = sample_generators(seed, f"train {name}", step, rows)
+    return Batch(latents.to(engine.device), to_device(conditions, engine.device), generators)
+
+
+def _flag(interrupt: Interrupt, device: torch.device) -> Tensor:
+    """1 where this process was asked to stop: then all of them do."""
+    return torch.tensor(float(interrupt.requested), device=device)
+
+
+def _stopped(name: str, done: int, steps: int, interrupt: Interrupt) -> Stopped:
+    # A process that got no signal stops with the others; what launched it sends SIGTERM.
+    return Stopped(f"{name} stopped at step {done} of {steps}", interrupt.signal or signal.SIGTERM)
+
+
+@contextmanager
+def _writing(path: Path, checkpoints: Path) -> Iterator[None]:
+    """Within it, a disk that refuses is a `CheckpointError`: it names the file, and what there is to go on from."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{path} could not be written: {reason}. {_kept(checkpoints)}") from error
+
+
+@contextmanager
+def _closed(log: RunLog, path: Path, checkpoints: Path) -> Iterator[None]:
+    """Closes the log; a full disk that refuses its last bytes too does not hide the error that came before."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            log.close()
+        raise
+    with _writing(path, checkpoints):
+        log.close()
+
+
+def _kept(checkpoints: Path) -> str:
+    last = checkpoint.newest(checkpoints)
+    return f"The last good checkpoint is {last}" if last else "No checkpoint was saved yet"
+
+
+def _clipped(parameters: list[nn.Parameter], most: float) -> float:
+    """The gradient's norm; where it is more than `most`, the gradient is scaled down to that."""
+    norm = nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _diverged(
+    name: str, step: int, values: list[float], names: list[str], norm: float, checkpoints: Path
+) -> DivergenceError:
+    bad = [part for part, value in zip(names, values, strict=True) if not math.isfinite(value)]
+    # The gradient is the sum over all parts: where every loss is finite, none of them can be told from the others.
+    where = bad[0] if bad else ", ".join(dict.fromkeys(names))
+    return DivergenceError(
+        f"{name}, step {step + 1}, {where}: loss {sum(values)}, gradient norm {norm}; nothing of it was saved. "
+        f"{_kept(checkpoints)}. A lower learning rate or a smaller clip may help"
+    )
+
+
+def _save(
+    folder: Path,
+    name: str,
+    step: int,
+    keep: int,
+    named: list[tuple[str, nn.Parameter]],
+    optimiser: torch.optim.Optimizer,
+    ema: EMA,
+    log: RunLog,
+    engine: Engine,
+) -> None:
+    # Gathering takes every process; writing takes one.
+    tensors = {
+        "model": checkpoint.gathered(dict(named)),
+        "ema": checkpoint.gathered(ema.state_dict()),
+        "optimiser": checkpoint.optimiser_tensors(optimiser, named),
+    }
+    for key, value in tensors["model"].items():
+        # A finite gradient can still be too large a step; the next loss would tell, but after this checkpoint.
+        if not bool(value.isfinite().all()):
+            raise DivergenceError(
+                f"{name}, step {step}: {key} is no longer finite; nothing of it was saved. {_kept(folder)}. "
+                "A lower learning rate may help"
+            )
+    with _writing(folder, folder):
+        engine.on_main(lambda: checkpoint.save(folder, step, tensors, {"log": log.state()}, keep))
+
+
+def _resume(
+    folder: Path,
+    named: list[tuple[str, nn.Parameter]],
+    optimiser: torch.optim.Optimizer,
+    ema: EMA,
+    engine: Engine,
+    console: Console,
+) -> tuple[int, Mapping[str, object] | None]:
+    """The step to go on from, and the log's state there; 0 and None for a new run."""
+    refused: list[Exception] = []
+    found = checkpoint.latest(folder, refused.append)
+    if engine.main:
+        for error in refused:
+            console.print(f"Refused: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    if found is None:
+        return 0, None
+    weights = found.tensors["model"]
+    checkpoint.check_keys(f"the model in {found.path}", [key for key, _ in named], weights)
+    with torch.no_grad():
+        for key, parameter in named:
+            parameter.copy_(checkpoint.placed(weights[key], parameter, key))
+    ema.load_state_dict(found.tensors["ema"])
+    checkpoint.restore_optimiser(optimiser, named, found.tensors["optimiser"])
+    if engine.main:
+        console.print(f"Going on from {found.path}", markup=False, highlight=False, soft_wrap=True)
+    return found.step, found.meta["log"]

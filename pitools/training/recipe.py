@@ -1,0 +1,224 @@
+"""What a recipe says: its sections, and the plug-ins that its `name` keys stand for.
+
+    [run]  [data]  [backbone]  [teacher]  [students.NAME]  [training]  [engine]
+
+Each room owns the dataclass of its own section: `[students.NAME.objective]` is `PiID`, `[teacher.guidance]` is
+`Guidance`, and the plug-ins own `[data]` and `[backbone]` but for `name`, which chooses them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import nn
+
+from pitools.guidance import Guidance
+from pitools.objectives import PiID
+from pitools.policies import DXHead, GMHead, Head, PolicyNetwork, PolynomialHead, ShortcutHead
+from pitools.training.config import RecipeError, as_table, parse, section_hash
+from pitools.training.data import Data
+from pitools.training.engine import EngineSection
+from pitools.training.loop import Training
+from pitools.types import Factorisation, Schedule
+
+
+class Backbone(Protocol):
+    """A recipe's section `[backbone]`, found through the entry points `pitools.backbones`: name -> frozen dataclass."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        ...
+
+    @property
+    def factorisation(self) -> Factorisation:
+        """How a student's policy sees a latent."""
+        ...
+
+    def teacher(self, generator: torch.Generator) -> nn.Module:
+        """A `VelocityNetwork`, its weights drawn from `generator` where it has none to load."""
+        ...
+
+    def student(self, teacher: nn.Module, head: Head, generator: torch.Generator) -> PolicyNetwork:
+        """A network for `head` that starts as the teacher; an `nn.Module`."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The recipe's section [run].
+
+    seed: of everything that is drawn.  out: the folder to write; by default runs/ and the recipe's name.
+    """
+
+    seed: int = 0
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class TeacherSection:
+    """The recipe's section [teacher].
+
+    training: of its own weights, by flow matching.  label_dropout: how often its conditions are replaced by the
+    null ones there, which is what guidance needs.  shift: m of its training times.  steps: Euler steps of the
+    reference that students are compared with.
+    """
+
+    training: Training
+    label_dropout: float = 0.1
+    shift: float = 1.0
+    steps: int = 128
+    guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.guidance.scale != 1 and self.label_dropout == 0:
+            raise ValueError(f"guidance.scale {self.guidance.scale} needs label_dropout above 0, for the null class")
+
+
+@dataclass(frozen=True)
+class StudentSection:
+    """The recipe's section [students.NAME]: one student for each of its `nfe`.
+
+    components: K of "gm".  grid_points: N of "dx", and the coefficients of "polynomial".  shift, final_step_scale,
+    temperature: of the schedule.
+    """
+
+    policy: Literal["gm", "dx", "polynomial", "shortcut"] = "gm"
+    nfe: tuple[int, ...] = (4,)
+    components: int = 8
+    grid_points: int = 10
+    shift: float = 1.0
+    final_step_scale: float = 1.0
+    temperature: float | Literal["auto"] = 1.0
+    objective: PiID = field(default_factory=PiID)
+
+    def __post_init__(self) -> None:
+        if not self.nfe or len(set(self.nfe)) != len(self.nfe):
+            raise ValueError(f"nfe must be different whole numbers, such as [1, 2, 4], got {list(self.nfe)}")
+        for nfe in self.nfe:
+            schedule = self.schedule(nfe)
+            if nfe == 1 and self.final_step_scale != 1:
+                raise ValueError(
+                    f"final_step_scale {self.final_step_scale} and nfe 1 disagree: a single step has no last one to "
+                    "scale; set final_step_scale to 1, or leave 1 out of nfe"
+                )
+            try:
+                self.objective.check(schedule, self.head)
+            except ValueError as error:
+                raise ValueError(f"objective and nfe {nfe} disagree: {error}") from None
+
+    @property
+    def head(self) -> Head:
+        """The policy's head, of this section's sizes."""
+        heads: Mapping[str, Head] = {
+            "gm": GMHead(self.components),
+            "dx": DXHead(self.grid_points),
+            "polynomial": PolynomialHead(self.grid_points),
+            "shortcut": ShortcutHead(),
+        }
+        return heads[self.policy]
+
+    def schedule(self, nfe: int) -> Schedule:
+        """What a student for `nfe` evaluations is trained for."""
+        return Schedule(nfe, self.shift, self.final_step_scale, self.temperature)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, read. `data` and `backbone` are tables that `name` a plug-in."""
+
+    data: Mapping[str, object]
+    backbone: Mapping[str, object]
+    teacher: TeacherSection
+    students: Mapping[str, StudentSection]
+    training: Training
+    run: RunSection = field(default_factory=RunSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+
+    def __post_init__(self) -> None:
+        if not self.students:
+            raise ValueError("students has no section; add one, such as [students.gm]")
+        for name in self.students:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"students are named with letters, digits, - and _, as their folders, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its plug-ins, checked: everything that can be known before any training starts.
+
+    table: the recipe with every default filled in.  teacher_hash: of what the teacher's weights depend on.
+    """
+
+    recipe: Recipe
+    data: Data
+    backbone: Backbone
+    out: Path
+    table: Mapping[str, Any]
+    teacher_hash: str
+
+
+def plan(table: Mapping[str, object], name: str) -> Plan:
+    """The plan of a recipe's table; `name` is what the run's folder is called by default.
+
+    Raises `RecipeError`, of one line, for whatever in it cannot be.
+    """
+    recipe = parse(Recipe, table)
+    data = cast(Data, _plugin("data", recipe.data))
+    backbone = cast(Backbone, _plugin("backbones", recipe.backbone, section="backbone"))
+    if tuple(data.shape) != tuple(backbone.shape):
+        raise RecipeError(
+            f"[backbone] is made for latents {tuple(backbone.shape)}, and [data] has {tuple(data.shape)}; "
+            "change the backbone's sizes"
+        )
+    # Where both have classes: a label that the backbone does not know would end the run in the middle of a step.
+    classes, known = getattr(data, "classes", None), getattr(backbone, "classes", None)
+    if classes is not None and known is not None and classes != known:
+        raise RecipeError(f"[backbone] is made for {known} classes, and [data] has {classes}; set classes = {classes}")
+    resolved = as_table(recipe)
+    resolved["data"] = {"name": recipe.data["name"], **as_table(data)}
+    resolved["backbone"] = {"name": recipe.backbone["name"], **as_table(backbone)}
+    architecture = {key: value for key, value in resolved["backbone"].items() if key != "head"}
+    trained = {key: resolved["teacher"][key] for key in ("training", "label_dropout", "shift")}
+    identity: dict[str, Any] = {"seed": recipe.run.seed}
+    if recipe.engine.precision != "float32":
+        identity["precision"] = recipe.engine.precision
+    teacher_hash = section_hash({"data": resolved["data"]}, {"backbone": architecture}, {"teacher": trained}, identity)
+    return Plan(recipe, data, backbone, recipe.run.out or Path("runs") / name, resolved, teacher_hash)
+
+
+def _plugin(group: str, table: Mapping[str, object], section: str | None = None) -> object:
+    section = section or group
+    rest = dict(table)
+    name = rest.pop("name", None)
+    found = {entry.name: entry for entry in entry_points(group=f"pitools.{group}")}
+    if not isinstance(name, str) or name not in found:
+        known = ", ".join(sorted(found)) or "none are installed"
+        raise RecipeError(f'[{section}] needs name = "..." of an installed one ({known}), got {name!r}')
+    try:
+        cls = found[name].load()
+    except ImportError as error:
+        raise RecipeError(f'[{section}] name = "{name}": {error}; run `pip install "pitools[scale]"`') from error
+    return parse(cls, rest, section)
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Sequence[str]:
+    """The dotted names of the values in which two tables differ."""
+    names: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b, path = old.get(key), new.get(key), f"{where}{key}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += changed_keys(a, b, f"{path}.")
+        elif a != b:
+            names.append(path)
+    return names
