@@ -259,7 +259,7 @@ def _teacher(plan: Plan, network: nn.Module, engine: Engine, console: Console) -
             recipe.teacher.training,
             plan.data,
             engine,
-            seed=recipe.run.seed,
+            seed=recipe.teacher.seed,
             folder=folder,
             name="teacher",
             console=console,

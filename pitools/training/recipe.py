@@ -54,7 +54,7 @@ class Backbone(Protocol):
 class RunSection:
     """The recipe's section [run].
 
-    seed: of everything that is drawn.  out: the folder to write; by default runs/ and the recipe's name.
+    seed: of everything that is drawn for students.  out: the folder to write; by default runs/ and the recipe's name.
     """
 
     seed: int = 0
@@ -67,10 +67,12 @@ class TeacherSection:
 
     training: of its own weights, by flow matching.  label_dropout: how often its conditions are replaced by the
     null ones there, which is what guidance needs.  shift: m of its training times.  steps: Euler steps of the
-    reference that students are compared with.
+    reference that students are compared with.  seed: of its weights, order and draws, so that runs with other seeds
+    share it.
     """
 
     training: Training
+    seed: int = 0
     label_dropout: float = 0.1
     shift: float = 1.0
     steps: int = 128
@@ -189,7 +191,7 @@ def plan(table: Mapping[str, object], name: str) -> Plan:
     resolved["data"] = {"name": recipe.data["name"], **as_table(data)}
     resolved["backbone"] = {"name": recipe.backbone["name"], **as_table(backbone)}
     architecture = {key: value for key, value in resolved["backbone"].items() if key != "head"}
-    trained = {key: resolved["teacher"][key] for key in ("training", "label_dropout", "shift")}
+    trained = {key: resolved["teacher"][key] for key in ("training", "seed", "label_dropout", "shift")}
     identity: dict[str, Any] = {"seed": recipe.run.seed}
     if recipe.engine.precision != "float32":
         identity["precision"] = recipe.engine.precision

@@ -1,0 +1,81 @@
+"""`pitools distill toys/digits.toml` from nothing: what its table must show."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+KEYS = {"class_accuracy", "frechet_data", "frechet_teacher", "diversity_ratio", "endpoint_rmse"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    folder, start = tmp_path_factory.mktemp("digits"), time.perf_counter()
+    command = [sys.executable, "-m", "pitools", "distill", "toys/digits.toml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=2400, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "digits", done.stdout, time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def metrics(run: tuple[Path, str, float]) -> dict[str, Any]:
+    return json.loads((run[0] / "metrics.json").read_text())
+
+
+def rows(metrics: dict[str, Any], policy: str) -> dict[int, dict[str, float]]:
+    return {row["nfe"]: row for row in metrics["students"] if row["policy"] == policy}
+
+
+def test_it_takes_under_half_an_hour_and_says_how_far_it_is(run: tuple[Path, str, float]) -> None:
+    folder, out, seconds = run
+    assert seconds < 1800
+    assert len(re.findall(r"step \d+/\d+", out)) > 50
+    assert (folder / "samples.png").stat().st_size > 10_000
+    assert list((folder / "gm-1nfe" / "samples").glob("*.png"))
+
+
+def test_the_table_has_every_student_and_every_metric(metrics: dict[str, Any]) -> None:
+    assert {(row["policy"], row["nfe"]) for row in metrics["students"]} == {
+        (policy, nfe) for policy in ("gm", "dx") for nfe in (1, 2, 4)
+    }
+    assert metrics["teacher"].keys() == KEYS
+    assert all(row.keys() >= KEYS for row in metrics["students"])
+
+
+@pytest.mark.parametrize(("nfe", "points"), [(1, 0.02), (2, 0.01), (4, 0.01)])
+def test_gm_draws_the_class_that_it_is_asked_for(metrics: dict[str, Any], nfe: int, points: float) -> None:
+    assert rows(metrics, "gm")[nfe]["class_accuracy"] >= metrics["teacher"]["class_accuracy"] - points
+
+
+@pytest.mark.parametrize(("nfe", "bound"), [(1, 0.20), (2, 0.12), (4, 0.09)])
+def test_gm_ends_where_the_teacher_does(metrics: dict[str, Any], nfe: int, bound: float) -> None:
+    assert rows(metrics, "gm")[nfe]["endpoint_rmse"] <= bound
+
+
+def test_gm_nears_the_teacher_with_more_evaluations(metrics: dict[str, Any]) -> None:
+    distances = [rows(metrics, "gm")[nfe]["frechet_teacher"] for nfe in (1, 2, 4)]
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_gm_beats_dx_at_one_evaluation(metrics: dict[str, Any]) -> None:
+    gm, dx = rows(metrics, "gm")[1], rows(metrics, "dx")[1]
+    assert gm["endpoint_rmse"] < dx["endpoint_rmse"]
+    assert gm["frechet_teacher"] < dx["frechet_teacher"]
+
+
+def test_gm_is_as_varied_as_the_teacher_at_four_evaluations(metrics: dict[str, Any]) -> None:
+    assert rows(metrics, "gm")[4]["diversity_ratio"] >= 0.95
+
+
+def test_the_policy_costs_little_of_a_training_step(run: tuple[Path, str, float]) -> None:
+    for label in ("gm-1nfe", "gm-2nfe", "gm-4nfe"):
+        lines = [json.loads(line) for line in (run[0] / label / "log.jsonl").read_text().splitlines()]
+        policy = sum(line["policy_seconds"] for line in lines)
+        assert policy / sum(line["seconds_per_step"] for line in lines) < 0.15
