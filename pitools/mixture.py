@@ -267,7 +267,9 @@ class _Ratio:
 
 def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
     """Σ_k weights_k means_k: `[..., K]` and `[..., K, C]` to `[..., C]`."""
-    return (weights.unsqueeze(-2) @ means.to(weights.dtype)).squeeze(-2)
+    # Policy maths is exact inside autocast too, which rounds products of matrices.
+    with torch.autocast(means.device.type, enabled=False):
+        return (weights.unsqueeze(-2) @ means.to(weights.dtype)).squeeze(-2)
 
 
 def _broadcasts(shape: Sequence[int], onto: Sequence[int], strict: bool = False) -> bool:

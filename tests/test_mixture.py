@@ -432,3 +432,14 @@ def test_dropout_keeps_all_of_a_sample_or_one_mask_for_all_its_factors() -> None
     assert not last_dropped.any()  # dropping it would empty the first factor: such samples keep everything
     assert full.all(-1).double().mean() > 0.5
     assert not full.all()
+
+
+def test_autocast_leaves_the_maths_alone() -> None:
+    prior = GaussianMixture(torch.randn(5, 2, generator=random(0)) * 3, torch.zeros(5), 0.1)
+    x = torch.randn(64, 2, generator=random(1))
+    expected = [prior.velocity(x, 0.3), prior.mean(), prior.log_prob(x)]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = x @ x.T
+        found = [prior.velocity(x, 0.3), prior.mean(), prior.log_prob(x)]
+    assert rounded.dtype == torch.bfloat16  # autocast was on
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
