@@ -81,6 +81,8 @@ def distill(
     from pitools.training.errors import CheckpointError, DivergenceError, Stopped
     from pitools.training.recipe import plan
 
+    # On import it warns of a kernel that nothing but 4-bit inference on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console = Console(quiet=not _first())
     try:
         path = find_recipe(recipe, ["toys", "scale"])

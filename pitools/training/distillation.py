@@ -239,7 +239,7 @@ def _claimed(plan: Plan) -> str:
 def _new_teacher(plan: Plan) -> nn.Module:
     """The teacher's network as it starts. `RecipeError` for sizes that it cannot have."""
     try:
-        return plan.backbone.teacher(keyed_generator(plan.recipe.run.seed, "teacher weights"))
+        return plan.backbone.teacher(keyed_generator(plan.recipe.teacher.seed, "teacher weights"))
     except ValueError as error:
         raise RecipeError(f"[backbone] {error}") from error
 
@@ -380,7 +380,10 @@ def _compare(
         network = frozen(network).to(engine.device)
         title = f"{member.name}, {member.nfe} NFE"
         called = replace(student, network=partial(engine.call, network))
-        images = evaluation.student(called, member.nfe, progress(title))
+        try:
+            images = evaluation.student(called, member.nfe, progress(title))
+        except ValueError as error:  # a policy's, about what its network answered
+            raise DivergenceError(f"{title} cannot be sampled: {error}; train it with a lower learning rate") from error
         metrics = _metrics(evaluation, title, images, reference)
         rows.append({"policy": member.name, "nfe": member.nfe, "steps": plan.recipe.training.steps, **metrics})
         samples.append((title, images))

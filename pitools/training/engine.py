@@ -1,8 +1,9 @@
 """Processes, devices and precision: one process, DDP or FSDP2, as the launcher and the recipe say.
 
-accelerate knows how the run was launched and gives autocast. DDP and FSDP2 are torch's own wrappers: accelerate
-shards on GPUs only, and keeps every model it has wrapped, where a distillation has one student after another.
-Weights stay in their own dtype and only a network's forward pass is autocast, so that a policy sees float32.
+accelerate knows how the run was launched. DDP, FSDP2 and autocast are torch's own: accelerate shards on GPUs only,
+keeps every model that it has wrapped, where a distillation has one student after another, and has one precision for
+the life of a process. Weights stay in their own dtype and only a network's forward pass is autocast, so that a
+policy sees float32.
 """
 
 from __future__ import annotations
@@ -57,10 +58,7 @@ class Engine:
         if section.device == "cuda" and not torch.cuda.is_available():
             raise RecipeError('[engine] device is "cuda", and torch sees no GPU; use "auto" or "cpu"')
         self.section = section
-        self.accelerator: Accelerator = Accelerator(
-            cpu=section.device == "cpu" or not torch.cuda.is_available(),
-            mixed_precision="bf16" if section.precision == "bf16" else "no",
-        )
+        self.accelerator: Accelerator = Accelerator(cpu=section.device == "cpu" or not torch.cuda.is_available())
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -116,7 +114,7 @@ class Engine:
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, conditions: Conditions | None = None) -> Any:
         """The network's answer, its forward pass in the recipe's precision."""
-        with self.accelerator.autocast():
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.section.precision == "bf16"):
             return network(x, t, conditions)
 
     @contextmanager

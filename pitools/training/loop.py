@@ -103,8 +103,12 @@ def train(
     checkpoints = folder / "checkpoints"
     start, log_state = _resume(checkpoints, named, optimiser, ema, engine, console)
 
+    finite: list[Tensor] = []  # flags of the network's last answer, which nobody waits for unless something fails
+
     def call(x: Tensor, t: Tensor, conditions: Mapping[str, object] | None = None) -> object:
-        return engine.call(network, x, t, conditions)
+        answer = engine.call(network, x, t, conditions)
+        finite[:] = [value.detach().isfinite().all() for value in (answer if isinstance(answer, tuple) else (answer,))]
+        return answer
 
     with _writing(folder / "log.jsonl", checkpoints):
         log = RunLog(
@@ -128,7 +132,8 @@ def train(
                 for index in range(job.parts):
                     last = micro == len(rows) - 1 and index == job.parts - 1
                     with engine.syncing(network, last):
-                        with clock.forward():
+                        where = f"{name}, step {step + 1}, part {index + 1} of {job.parts}"
+                        with _answered(finite, where, checkpoints), clock.forward():
                             part = next(parts)
                         with clock.backward():
                             (part.loss / len(rows)).backward()
@@ -152,15 +157,20 @@ def train(
                 log.record(StepRecord(done, sum(values), rate, norm, seconds, clock.network, clock.policy, memory))
             if draw_sheet is not None and section.sheet_every and done % section.sheet_every == 0:
                 sheet = folder / "samples" / f"step-{done:06d}.png"
-                with _writing(sheet, checkpoints), ema.applied(plain), torch.no_grad():
+                where = f"{name}, sheet of step {done}"
+                with _answered(finite, where, checkpoints), _writing(sheet, checkpoints), ema.applied(plain):
                     plain.eval()
-                    draw_sheet(call, sheet if engine.main else None)
+                    with torch.no_grad():
+                        draw_sheet(call, sheet if engine.main else None)
                     plain.train()
                     log.image("samples", sheet, done)
             if stop or done == section.steps or done % section.checkpoint_every == 0:
                 _save(checkpoints, name, done, section.keep, named, optimiser, ema, log, engine)
             if stop and done < section.steps:
                 raise _stopped(name, done, section.steps, interrupt)
+        if start == section.steps:
+            # Killed right after its last checkpoint: written again, it clears away what the kill left of older ones.
+            _save(checkpoints, name, start, section.keep, named, optimiser, ema, log, engine)
         # A signal during the last step must not be lost on what comes after this training.
         if engine.mean(_flag(interrupt, engine.device)).item():
             raise _stopped(name, section.steps, section.steps, interrupt)
@@ -181,6 +191,20 @@ def _flag(interrupt: Interrupt, device: torch.device) -> Tensor:
 def _stopped(name: str, done: int, steps: int, interrupt: Interrupt) -> Stopped:
     # A process that got no signal stops with the others; what launched it sends SIGTERM.
     return Stopped(f"{name} stopped at step {done} of {steps}", interrupt.signal or signal.SIGTERM)
+
+
+@contextmanager
+def _answered(finite: list[Tensor], where: str, checkpoints: Path) -> Iterator[None]:
+    """Within it, what a policy says against an answer of the network that is not finite is a `DivergenceError`."""
+    try:
+        yield
+    except ValueError as error:
+        if all(map(bool, finite)):
+            raise
+        raise DivergenceError(
+            f"{where}: the network's answer is not finite; nothing of it was saved. {_kept(checkpoints)}. "
+            "A lower learning rate or a smaller clip may help, unless the data is not finite"
+        ) from error
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def plan(table: Mapping[str, object], name: str) -> Plan:
     resolved["backbone"] = {"name": recipe.backbone["name"], **as_table(backbone)}
     architecture = {key: value for key, value in resolved["backbone"].items() if key != "head"}
     trained = {key: resolved["teacher"][key] for key in ("training", "seed", "label_dropout", "shift")}
-    identity: dict[str, Any] = {"seed": recipe.run.seed}
+    identity: dict[str, Any] = {}
     if recipe.engine.precision != "float32":
         identity["precision"] = recipe.engine.precision
     teacher_hash = section_hash({"data": resolved["data"]}, {"backbone": architecture}, {"teacher": trained}, identity)
