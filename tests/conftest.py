@@ -14,5 +14,7 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
-# One thread a worker: the tensors are small, and pytest-xdist fills the cores.
+# One thread a worker, and for the commands that it starts: the tensors are small, and pytest-xdist fills the cores.
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -112,7 +112,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     deadline = time.monotonic() + 60
     while not config.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(3)
+    time.sleep(6)  # into the training of the first student
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output.decode()

@@ -1,5 +1,6 @@
 """`pitools distill`: what it writes, what it prints, and what it refuses."""
 
+import io
 import json
 import math
 import shutil
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from forked import Commands, Run
+from rich.console import Console
 from safetensors.torch import load_file
 from training.recipes import tiny, write
 
 from pitools.training.config import RecipeError, find_recipe, override, read_recipe, to_toml
-from pitools.training.distillation import check_engine, members
+from pitools.training.distillation import check_engine, members, show_comparison
 from pitools.training.engine import Engine, EngineSection
 from pitools.training.recipe import changed_keys, plan
 
@@ -381,6 +383,31 @@ def test_a_bad_recipe_is_one_line_that_says_what_to_change(
     assert line.startswith("Error: ")
     assert run.out == ""
     assert folder.files() == before
+
+
+def test_a_network_that_cannot_be_built_is_the_recipes_fault_and_nothing_is_written(folder: Folder) -> None:
+    spoil = (
+        "import scale.dit\ndef refuse(self, generator): raise ValueError('heads 3: no')\nscale.dit.DiT.teacher = refuse"
+    )
+    for arguments in ([], ["--dry-run"]):
+        run = folder.run(tiny(), *arguments, before=spoil)
+        assert run.code == 2, run
+        assert run.err == "Error: [backbone] heads 3: no\n"
+        assert folder.files() == {}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_comparison_shows_how_far_it_is(terminal: bool) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    with show_comparison(console) as progress:
+        told = progress("teacher [4 steps]")
+        told(250, 1000)
+        told(1000, 1000)
+    lines = file.getvalue()
+    assert "Comparing: teacher [4 steps]" in lines
+    assert "1000/1000" in lines
+    assert ("250/1000 samples" in lines) != terminal
 
 
 def test_a_recipe_that_is_not_there_or_not_toml_is_one_line(folder: Folder) -> None:

@@ -101,7 +101,7 @@ def distill(plan: Plan, console: Console) -> None:
             _student(plan, member, teacher_network, teacher, engine, console)
         if engine.main:
             evaluation = plan.data.evaluation(teacher, engine.device)
-            with _progress(console) as progress:
+            with show_comparison(console) as progress:
                 results, rows = _compare(plan, evaluation, teacher_network, engine, progress)
             sheet = plan.out / "samples.png"
             try:
@@ -340,7 +340,7 @@ class _Given:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str], OnChunk]]:
+def show_comparison(console: Console) -> Iterator[Callable[[str], OnChunk]]:
     """Within it, shows for each title how many samples are drawn: as a bar, or a line for each chunk."""
     if not console.is_terminal:
 
