@@ -468,7 +468,7 @@ POISON = {
         "    calls.append(1)\n"
         "    return original(self, *arguments) * (float('nan') if len(calls) > CALLS else 1)\n"
         "guidance.Teacher.velocity = poisoned\n",
-        "segments of 2 NFE: loss nan",
+        "segments drawn from 2: loss nan",
     ),
     "data that is NaN": (
         "import toys.digits as digits\n"
@@ -478,7 +478,7 @@ POISON = {
         "    latents, conditions = original(self, indices)\n"
         "    return (latents * float('nan') if len(calls) > CALLS else latents), conditions\n"
         "digits.DigitsData.batch = poisoned\n",
-        "part 1 of 1: the network's answer is not finite",
+        "segments drawn from 2: the network's answer is not finite",
     ),
 }
 

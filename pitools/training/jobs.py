@@ -27,14 +27,6 @@ class Batch:
     randomness: Sequence[Generator]
 
 
-@dataclass(frozen=True)
-class Part:
-    """A share of a step's loss, 0-d and with a graph, and what to call it in an error."""
-
-    loss: Tensor
-    name: str
-
-
 Call = Callable[..., Any]
 """A network as the engine calls it: (x, t, conditions) -> its answer."""
 
@@ -48,12 +40,12 @@ class Job(Protocol):
         ...
 
     @property
-    def parts(self) -> int:
-        """How many parts a step has; each goes backward before the next is asked for."""
+    def parts(self) -> Sequence[str]:
+        """What the parts of a step's loss are called; each goes backward before the next is asked for."""
         ...
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
-        """The parts of step `step`, from 0, with `network` in the place of `self.network`."""
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
+        """The parts, 0-d and with a graph, of step `step`, from 0, with `network` in the place of `self.network`."""
         ...
 
 
@@ -71,17 +63,19 @@ class Distillation:
         return cast(nn.Module, self.student.network)
 
     @property
-    def parts(self) -> int:
-        """One, or data-free one for each segment."""
-        return self.student.schedule.nfe if self.objective.data_free else 1
+    def parts(self) -> Sequence[str]:
+        """One for all the segments that the batch was given, or data-free one for each segment."""
+        nfe = self.student.schedule.nfe
+        if nfe == 1 or self.objective.data_free:
+            return [f"segment {index + 1} of {nfe}" for index in range(nfe)]
+        return [f"segments drawn from {nfe}"]
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
         """The segments' losses (Algorithms 2 and 3)."""
         student = replace(self.student, network=TimedNetwork(cast(Callable[..., Outputs], network), clock))
         latents = batch.latents
         if self.objective.data_free:
             latents = normal(latents.shape, batch.randomness, like=latents)
-        nfe = self.student.schedule.nfe
         for segment in segment_losses(
             self.objective,
             TimedTeacher(self.teacher, clock),
@@ -91,8 +85,7 @@ class Distillation:
             step,
             batch.randomness,
         ):
-            which = f"segment {segment.index + 1} of {nfe}" if self.objective.data_free else f"segments of {nfe} NFE"
-            yield Part(segment.loss, which)
+            yield segment.loss
 
 
 @dataclass(frozen=True)
@@ -103,9 +96,9 @@ class FlowMatching:
     null_conditions: Conditions
     label_dropout: float = 0.1
     shift: float = 1.0
-    parts: int = 1
+    parts: Sequence[str] = ("flow matching",)
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
         """The flow-matching loss."""
         dropped = uniform([len(batch.latents)], batch.randomness, like=batch.latents) < self.label_dropout
         conditions = dict(batch.conditions)
@@ -115,7 +108,7 @@ class FlowMatching:
             conditions[name] = torch.where(align(dropped, own), null, own)
         field = _Field(network, clock)
         loss = flow_matching_loss(field, batch.latents, conditions, batch.randomness, self.shift).mean()
-        yield Part(loss, "flow matching")
+        yield loss
 
 
 @dataclass(frozen=True)

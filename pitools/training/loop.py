@@ -125,25 +125,23 @@ def train(
         for step in range(start, section.steps):
             clock = Clock(engine.device)
             losses: list[Tensor] = []
-            names: list[str] = []
             for micro, own in enumerate(rows):
                 batch = _batch(data, seed, name, step, section.batch, own, engine)
-                parts = job.losses(call, step, batch, clock)
-                for index in range(job.parts):
-                    last = micro == len(rows) - 1 and index == job.parts - 1
+                computed = job.losses(call, step, batch, clock)
+                for part in job.parts:
+                    last = micro == len(rows) - 1 and part == job.parts[-1]
                     with engine.syncing(network, last):
-                        where = f"{name}, step {step + 1}, part {index + 1} of {job.parts}"
+                        where = f"{name}, step {step + 1}, {part}"
                         with _answered(finite, where, checkpoints), clock.forward():
-                            part = next(parts)
+                            loss = next(computed) / len(rows)
                         with clock.backward():
-                            (part.loss / len(rows)).backward()
-                    losses.append(part.loss.detach() / len(rows))
-                    names.append(part.name)
+                            loss.backward()
+                    losses.append(loss.detach())
 
             *values, stop = engine.mean(torch.stack([*losses, _flag(interrupt, engine.device)])).tolist()
             norm = _clipped([value for _, value in named], clip_at(section.optimiser, step))
             if not all(map(math.isfinite, [*values, norm])):
-                raise _diverged(name, step, values, names, norm, checkpoints)
+                raise _diverged(name, step, values, [*job.parts] * len(rows), norm, checkpoints)
             rate = learning_rate_at(section.optimiser, step, section.steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate

@@ -20,7 +20,7 @@ from pitools.training.clock import Clock
 from pitools.training.data import data_indices
 from pitools.training.engine import Engine, EngineSection
 from pitools.training.errors import CheckpointError, DivergenceError, Stopped
-from pitools.training.jobs import Batch, Call, Part
+from pitools.training.jobs import Batch, Call
 from pitools.training.loop import Training, train
 from pitools.training.optimiser import Optimiser, learning_rate_at
 from pitools.training.random import sample_generators
@@ -51,17 +51,17 @@ class Regression:
     """
 
     network: nn.Module
-    parts: int = 2
+    parts: Sequence[str] = ("part 1 of 2", "part 2 of 2")
     spoil: Callable[[int, int, Tensor], Tensor] = lambda step, index, loss: loss
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
-        for index in range(self.parts):
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
+        for index in range(len(self.parts)):
             noise = normal(batch.latents.shape, batch.randomness, batch.latents)
             labels = torch.as_tensor(batch.conditions["labels"]).unsqueeze(1)
             with clock.in_network():
                 answer = network(batch.latents + noise, noise.sum(1))
             loss = (answer - 0.1 * labels - index).square().mean()
-            yield Part(self.spoil(step, index, loss), f"part {index + 1} of {self.parts}")
+            yield self.spoil(step, index, loss)
 
 
 class Network(nn.Module):
@@ -106,7 +106,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def written_out(section: Training, parts: int = 2) -> tuple[Network, dict[str, Tensor], list[float], list[float]]:
+def written_out(section: Training) -> tuple[Network, dict[str, Tensor], list[float], list[float]]:
     """The same training with torch alone: network, averages, losses and gradient norms."""
     network = Network()
     trained = dict(network.line.named_parameters(prefix="line"))
@@ -120,9 +120,9 @@ def written_out(section: Training, parts: int = 2) -> tuple[Network, dict[str, T
         latents, conditions = Points().batch(indices)
         total = 0.0
         clock = Clock(torch.device("cpu"))
-        for part in Regression(network, parts).losses(network, step, Batch(latents, conditions, randomness), clock):
-            part.loss.backward()
-            total += float(part.loss.detach())
+        for part in Regression(network).losses(network, step, Batch(latents, conditions, randomness), clock):
+            part.backward()
+            total += float(part.detach())
         norm = torch.stack([value.grad.norm() for value in trained.values() if value.grad is not None]).norm()
         if step >= chosen.warmup_steps and norm > chosen.clip:
             for value in trained.values():
@@ -305,7 +305,7 @@ def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
 
     chosen = Optimiser(learning_rate=3e37, warmup_steps=0, clip=0)
     with pytest.raises(DivergenceError, match=r"job, step 12: line\.\w+ is no longer finite.*step-00000010"):
-        run(tmp_path, Regression(network, 1, pull), replace(SECTION, steps=14, optimiser=chosen))
+        run(tmp_path, Regression(network, ("all of it",), pull), replace(SECTION, steps=14, optimiser=chosen))
     assert steps_in(tmp_path) == ["step-00000008", "step-00000010"]
 
 
