@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pitools.path import as_time
-from pitools.types import Conditions, Time
+from pitools.types import Conditions, Time, VelocityField
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -111,6 +111,18 @@ class Teacher:
         for name, value in (self.null_conditions or {}).items():
             merged[name] = _null_value(name, value, conditions.get(name), x_t)
         return merged
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """A velocity field with its conditions filled in: one that can be integrated."""
+
+    field: VelocityField
+    conditions: Conditions | None = None
+
+    def velocity(self, x_t: Tensor, t: Time, /) -> Tensor:
+        """The velocity at latents x_t `[B, ...]`, t."""
+        return self.field.velocity(x_t, t, self.conditions)
 
 
 def frozen(network: N) -> N:

@@ -172,10 +172,14 @@ NOT_TEACHERS = {
     "training.steps": 7,
     "run.seed": 1,
     "teacher.guidance.scale": 3.0,
-    "teacher.steps": 9,
+    "teacher.reference_steps": 9,
     "backbone.head.spread": 0.1,
     "run.out": "elsewhere",
     "engine.compile": True,
+    "data.samples": 30,
+    "teacher.training.keep": 3,
+    "teacher.training.checkpoint_every": 3,
+    "teacher.training.log_every": 3,
 }
 
 
@@ -339,6 +343,11 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     ),
     "DX with dropout": ({"students.dx": {**DX, "objective": {"dropout": 0.1}}}, [], "dropout must be 0 for a DXHead"),
     "a teacher's share for ever": ({"students.gm.objective": {"teacher_ratio": 0.5}}, [], "decay_steps"),
+    "guidance that the network does not take": (
+        {"teacher.guidance": {"embedded": 3.5}},
+        [],
+        "[teacher.guidance] embedded is for networks that take their guidance as a condition",
+    ),
     "guidance without a null class": ({"teacher.label_dropout": 0.0}, [], "needs label_dropout above 0"),
     "a batch below accumulation": (
         {"training.batch": 2, "training.accumulation": 4},
@@ -468,7 +477,7 @@ POISON = {
         "    calls.append(1)\n"
         "    return original(self, *arguments) * (float('nan') if len(calls) > CALLS else 1)\n"
         "guidance.Teacher.velocity = poisoned\n",
-        "segments drawn from 2: loss nan",
+        "segment 1 and 2 of 2: loss nan",
     ),
     "data that is NaN": (
         "import toys.digits as digits\n"

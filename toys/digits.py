@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pitools import draws
+from pitools.guidance import Conditioned
 from pitools.metrics import class_diversity, endpoint_rmse, frechet_distance
 from pitools.rollout import integrate
 from pitools.sampling import sample
@@ -160,7 +161,7 @@ class DigitsEvaluation:
         if key not in self._references:
 
             def answer(noise: Tensor, conditions: Conditions) -> Tensor:
-                given = _Given(self.teacher, conditions)
+                given = Conditioned(self.teacher, conditions)
                 return integrate(given, noise, 1.0, 0.0, step_size=step_size, shift=shift)
 
             self._references[key] = self._in_chunks(answer, on_chunk)
@@ -217,17 +218,6 @@ class DigitsEvaluation:
             parts.append(answer(self.noise[rows], {key: value[rows] for key, value in self.conditions.items()}))
             on_chunk(min(start + CHUNK, total), total)
         return torch.cat(parts)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A teacher with its conditions filled in: a field that can be integrated."""
-
-    teacher: VelocityField
-    conditions: Conditions
-
-    def velocity(self, x_t: Tensor, t: Tensor, /) -> Tensor:
-        return self.teacher.velocity(x_t, t, self.conditions)
 
 
 def draw_sheet(path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:

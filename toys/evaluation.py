@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pitools.guidance import Conditioned
 from pitools.metrics import (
     endpoint_rmse,
     energy_distance,
@@ -20,7 +21,7 @@ from pitools.sampling import sample
 from pitools.training import keyed_generator
 from pitools.types import Conditions, Schedule
 from toys.network import ToyStudent
-from toys.targets import Conditioned, Target
+from toys.targets import Target
 
 ENERGY_POINTS = 4000
 EVALUATION_SEED = 2026

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pitools.guidance import Conditioned
 from pitools.rollout import trajectory
 from pitools.sampling import Look, sample
 from pitools.types import Conditions
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
-from toys.targets import Conditioned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

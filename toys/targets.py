@@ -103,18 +103,6 @@ class Target:
         return [(prior, rows) for prior, rows in groups if len(rows)]
 
 
-@dataclass(frozen=True)
-class Conditioned:
-    """A target with its conditions filled in: a field that can be integrated."""
-
-    target: Target
-    conditions: Conditions | None = None
-
-    def velocity(self, x_t: Tensor, t: Tensor, /) -> Tensor:
-        """The exact velocity at latents x_t `[B, ...]`, t."""
-        return self.target.velocity(x_t, t, self.conditions)
-
-
 def ring8() -> Target:
     """Eight equal modes on a circle of radius 2, standard deviation 0.1."""
     angle = torch.arange(8) * (2 * math.pi / 8)

@@ -34,8 +34,9 @@ class PiID:
     data_free: whether segments are chained from noise (Algorithm 3) or start from noised data (Algorithm 2).
     states: teacher queries for each sample and segment.  window: over which the policy's velocity is averaged
     (B.3).  dropout: rate of GM dropout.  teacher_ratio: the teacher's share of the path at step 0, which falls
-    along a line to 0 at `decay_steps` (B.2).  loss_scale: what the loss is multiplied by.  step_size: of the
-    roll-outs.  floor: below which no state is drawn.
+    along a line to 0 at `decay_steps` (B.2).  loss_scale: what the loss, half a mean square, is multiplied by; the
+    published 30 and 3 multiply a whole mean square, and are 60 and 6 here.  step_size: of the roll-outs.  floor:
+    below which no state is drawn.
     Raises `ValueError` for a value out of range, and a teacher ratio that has no steps to decay over.
     """
 
@@ -86,12 +87,14 @@ class PiID:
 class SegmentLoss:
     """One segment's part of a step.
 
-    loss: 0-d, with a graph; the mean over the batch, weighted and scaled.  index: of the segment among those that
+    loss: 0-d, with a graph; the mean over the batch, weighted and scaled.  each: `[B]`, without one; each sample's
+    own, as it is before that.  index: of the segment among those that
     the step yields, from 0.  raw_src, raw_dst: floats, or `[B]` where each sample has its own.  last: whether the
     step is complete.
     """
 
     loss: Tensor
+    each: Tensor
     index: int
     raw_src: float | Tensor
     raw_dst: float | Tensor
@@ -117,7 +120,7 @@ def segment_losses(
     schedule = student.schedule
     ratio = teacher_ratio(step, objective.teacher_ratio, objective.decay_steps)
 
-    def imitate(x_src: Tensor, t_src: Time, t_dst: Time) -> tuple[Tensor, Tensor]:
+    def imitate(x_src: Tensor, t_src: Time, t_dst: Time) -> tuple[Tensor, Tensor, Tensor]:
         result = imitation_loss(
             teacher,
             student(x_src, t_src, conditions),
@@ -135,21 +138,21 @@ def segment_losses(
             floor=objective.floor,
             generator=randomness,
         )
-        return objective.loss_scale * result.loss.mean(), result.x_dst
+        return objective.loss_scale * result.loss.mean(), result.loss.detach(), result.x_dst
 
     if not objective.data_free:
         x_0 = latents.to(torch.promote_types(latents.dtype, torch.float32))
         raw_src, raw_dst = draw_segments(schedule, len(x_0), randomness, like=x_0)
         t_src, t_dst = shift_time(raw_src, schedule.shift), shift_time(raw_dst, schedule.shift)
         x_src = diffuse(x_0, normal(x_0.shape, randomness, like=x_0), t_src)
-        loss, _ = imitate(x_src, t_src, t_dst)
-        yield SegmentLoss(loss, 0, raw_src, raw_dst, last=True)
+        loss, each, _ = imitate(x_src, t_src, t_dst)
+        yield SegmentLoss(loss, each, 0, raw_src, raw_dst, last=True)
         return
 
     x = latents
     for index, (start, end) in enumerate(pairwise(segments(schedule.nfe, schedule.final_step_scale))):
-        loss, x = imitate(x, shift_time(start, schedule.shift), shift_time(end, schedule.shift))
-        segment = SegmentLoss((start - end) * loss, index, start, end, last=index == schedule.nfe - 1)
+        loss, each, x = imitate(x, shift_time(start, schedule.shift), shift_time(end, schedule.shift))
+        segment = SegmentLoss((start - end) * loss, each, index, start, end, last=index == schedule.nfe - 1)
         yield segment
         del loss, segment  # so that nothing here keeps a graph which the caller has let go of
 

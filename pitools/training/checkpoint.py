@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ JSON: TypeAlias = Mapping[str, "JSON"] | Sequence["JSON"] | str | int | float | 
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+CONTENTS = "sha256"
 # Hidden names: what is being written, what is being deleted, and a good checkpoint that is about to be replaced.
 WRITING, DELETING, REPLACED = ".tmp-", ".tmp-removed-", ".replaced-"
 
@@ -157,13 +158,40 @@ def write_json(path: Path, value: JSON) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file, all or nothing, as `write_json`; tensors as in `save`."""
+    """Write one safetensors file, all or nothing, as `write_json`; tensors as in `save`.
+
+    Its metadata has a hash of the tensors beside what the caller gives, by which `read_tensors` verifies them.
+    """
+    ready = _storable(tensors)
 
     def write(temporary: Path) -> None:
-        save_file(_storable(tensors), temporary, None if metadata is None else dict(metadata))
+        save_file(ready, temporary, {**(metadata or {}), CONTENTS: _contents(ready)})
         _sync(temporary)
 
     _atomically(path, write)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_tensors` wrote, bit for bit. `CheckpointError` for a file that is missing, damaged or altered."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = (file.metadata() or {}).get(CONTENTS)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+    if told != _contents(tensors):
+        raise CheckpointError(f"{path} is damaged (its tensors are not those that were written)")
+    return tensors
+
+
+def _contents(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

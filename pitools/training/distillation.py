@@ -15,7 +15,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,21 +25,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pitools.guidance import Teacher, frozen
+from pitools.guidance import Conditioned, Teacher, frozen
 from pitools.policies import NetworkStudent
 from pitools.rollout import integrate
 from pitools.sampling import sample
-from pitools.training.checkpoint import write_json, write_tensors
+from pitools.training.checkpoint import check_keys, placed, read_tensors, write_json, write_tensors
 from pitools.training.config import RecipeError, to_toml
 from pitools.training.data import Evaluation, OnChunk, to_device
 from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError, DivergenceError
 from pitools.training.interrupt import stopping
 from pitools.training.jobs import Call, Distillation, FlowMatching
+from pitools.training.lock import locked
 from pitools.training.loop import train
 from pitools.training.random import keyed_generator, sample_generators
 from pitools.training.recipe import Plan, StudentSection, changed_keys
@@ -94,7 +93,8 @@ def distill(plan: Plan, console: Console) -> None:
     engine.check(untrained)
     engine.on_main(lambda: claim(plan))
 
-    with stopping(f"{plan.out.name} stopped outside training"):
+    with ExitStack() as held, stopping(f"{plan.out.name} stopped outside training"):
+        engine.on_main(lambda: held.enter_context(locked(plan.out, lambda: _refuse_second(plan))))
         teacher_network = _teacher(plan, untrained, engine, console)
         teacher = Teacher(partial(engine.call, teacher_network), recipe.teacher.guidance, plan.data.null_conditions)
         for member in members(plan):
@@ -137,7 +137,8 @@ def describe(plan: Plan) -> str:
         graph = _graph_bytes(network, latents, conditions) * (training.batch // training.accumulation)
         lines.append(
             f"# {member.label}: {count:,} trained and {idle - count:,} frozen parameters; weights, gradients, "
-            f"optimiser and EMA {_mib(fixed)}; graph of the network {_mib(graph)} on one process"
+            f"optimiser and EMA {_mib(fixed)}; graph of the network {_mib(graph)} "
+            "(one process, float32, nothing recomputed)"
         )
     return "\n".join(lines)
 
@@ -236,6 +237,10 @@ def _claimed(plan: Plan) -> str:
     return to_toml(kept)
 
 
+def _refuse_second(plan: Plan) -> None:
+    raise RecipeError(f"{plan.out} is being written by another run; wait for it, or use --set run.out=...")
+
+
 def _new_teacher(plan: Plan) -> nn.Module:
     """The teacher's network as it starts. `RecipeError` for sizes that it cannot have."""
     try:
@@ -246,26 +251,29 @@ def _new_teacher(plan: Plan) -> nn.Module:
 
 def _teacher(plan: Plan, network: nn.Module, engine: Engine, console: Console) -> nn.Module:
     """The teacher's network, frozen: from the cache, or trained into it."""
-    recipe = plan.recipe
+    section = plan.recipe.teacher
     folder = plan.out.parent / "teachers" / plan.teacher_hash
     path = folder / "teacher.safetensors"
-    if path.exists():
-        if engine.main:
-            _tell(console, f"The teacher is {path}")
-    else:
-        job = FlowMatching(network, plan.data.null_conditions, recipe.teacher.label_dropout, recipe.teacher.shift)
-        weights = train(
-            job,
-            recipe.teacher.training,
-            plan.data,
-            engine,
-            seed=recipe.teacher.seed,
-            folder=folder,
-            name="teacher",
-            console=console,
-        )
-        engine.on_main(lambda: write_tensors(path, weights))
-        network = _new_teacher(plan)
+    waiting = partial(_tell, console, f"Waiting for another run, which trains the teacher in {folder}")
+    with ExitStack() as held:
+        engine.on_main(lambda: held.enter_context(locked(folder, waiting)))
+        if path.exists():
+            if engine.main:
+                _tell(console, f"The teacher is {path}")
+        else:
+            job = FlowMatching(network, plan.data.null_conditions, section.label_dropout, section.shift)
+            weights = train(
+                job,
+                section.training,
+                plan.data,
+                engine,
+                seed=section.seed,
+                folder=folder,
+                name="teacher",
+                console=console,
+            )
+            engine.on_main(lambda: write_tensors(path, weights))
+            network = _new_teacher(plan)
     _load(network, path)
     return frozen(network).to(engine.device)
 
@@ -323,20 +331,13 @@ class Sheet:
         if path is None:
             return
         if self.reference is None:
-            field = _Given(self.teacher, self.conditions)
-            self.reference = integrate(field, self.noise, 1.0, 0.0, step_size=1 / self.plan.recipe.teacher.steps)
+            field = Conditioned(self.teacher, self.conditions)
+            self.reference = integrate(
+                field, self.noise, 1.0, 0.0, step_size=1 / self.plan.recipe.teacher.reference_steps
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         title = f"student, {self.student.schedule.nfe} NFE"
         self.plan.data.draw_sheet(path, [("teacher", self.reference), (title, images)])
-
-
-@dataclass(frozen=True)
-class _Given:
-    teacher: Teacher
-    conditions: Conditions
-
-    def velocity(self, x_t: Tensor, t: Tensor, /) -> Tensor:
-        return self.teacher.velocity(x_t, t, self.conditions)
 
 
 @contextmanager
@@ -367,7 +368,7 @@ def _compare(
     progress: Callable[[str], OnChunk],
 ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The contents of metrics.json, and the samples behind them. `DivergenceError` for samples without metrics."""
-    steps = plan.recipe.teacher.steps
+    steps = plan.recipe.teacher.reference_steps
     title = f"teacher, {steps} steps"
     reference = evaluation.reference(1 / steps, 1.0, progress(title))
     teacher = _metrics(evaluation, title, reference, reference)
@@ -400,21 +401,22 @@ def _metrics(evaluation: Evaluation, title: str, samples: Tensor, reference: Ten
 
 
 def _load(network: nn.Module, path: Path) -> None:
-    """Trained weights into a network that has the others already.
+    """Trained weights into a network whose other parameters are in place, and which is not frozen yet.
 
-    `RecipeError` for a file that does not fit, `CheckpointError` for one that cannot be read.
+    `RecipeError` for a file that does not fit, `CheckpointError` for one that is not as it was written.
     """
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); delete it, and it is written again from the last checkpoint"
-        ) from error
-    known = network.state_dict()
-    surplus = [name for name, value in weights.items() if name not in known or known[name].shape != value.shape]
-    if surplus:
-        raise RecipeError(f"{path} does not fit this recipe: {surplus[0]} is of another network; delete it")
-    network.load_state_dict(weights, strict=False)
+        weights = read_tensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it, and it is written again from the last checkpoint") from None
+    trained = {name: value for name, value in network.named_parameters() if value.requires_grad}
+    try:
+        check_keys(str(path), trained, weights)
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(placed(weights[name], value, name))
+    except CheckpointError as error:
+        raise RecipeError(f"{path} is of another recipe ({error}); delete it") from None
 
 
 HEADINGS = {
@@ -439,7 +441,9 @@ def _table(plan: Plan, results: Mapping[str, Any]) -> Table:
     for key in teacher:
         table.add_column(HEADINGS.get(key, key), justify="right")
     rows: Sequence[Mapping[str, Any]] = results["students"]
-    table.add_row("teacher", str(plan.recipe.teacher.steps), *(_show(key, value) for key, value in teacher.items()))
+    table.add_row(
+        "teacher", str(plan.recipe.teacher.reference_steps), *(_show(key, value) for key, value in teacher.items())
+    )
     for row in rows:
         table.add_row(str(row["policy"]), str(row["nfe"]), *(_show(key, row[key]) for key in teacher))
     return table

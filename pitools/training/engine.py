@@ -130,6 +130,13 @@ class Engine:
         """The mean over the processes."""
         return cast(Tensor, self.accelerator.reduce(values, reduction="mean")) if self.world > 1 else values
 
+    def agreed(self, value: int) -> bool:
+        """Whether every process has this value; also waits until all have one."""
+        if self.world == 1:
+            return True
+        everyone = self.accelerator.gather(torch.tensor([value], device=self.device))
+        return bool((everyone == value).all())
+
     def on_main(self, action: Callable[[], object]) -> None:
         """Do `action` on the main process while the others wait; an error there is raised on all of them."""
         error: Exception | None = None

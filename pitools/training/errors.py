@@ -1,5 +1,7 @@
 """What can go wrong in a training run that no argument is to blame for."""
 
+from __future__ import annotations
+
 
 class DivergenceError(RuntimeError):
     """A loss or a gradient that is not finite."""
@@ -18,3 +20,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:
+        # It is sent from one process to the others.
+        return type(self), (str(self), self.signal)

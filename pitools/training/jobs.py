@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -11,11 +12,11 @@ from torch import Generator, Tensor, nn
 
 from pitools.draws import normal, uniform
 from pitools.guidance import Teacher
-from pitools.objectives import PiID, flow_matching_loss, segment_losses
-from pitools.path import align
+from pitools.objectives import PiID, SegmentLoss, flow_matching_loss, segment_losses
+from pitools.path import align, segments
 from pitools.policies import NetworkStudent, Outputs
 from pitools.training.clock import Clock, TimedNetwork, TimedTeacher
-from pitools.types import Conditions, Time
+from pitools.types import Conditions, Schedule, Time
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,14 @@ class Batch:
     latents: Tensor
     conditions: Conditions
     randomness: Sequence[Generator]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of a step's loss, 0-d and with a graph; `where` says, if it is asked, where that is not finite."""
+
+    loss: Tensor
+    where: Callable[[], str]
 
 
 Call = Callable[..., Any]
@@ -44,8 +53,8 @@ class Job(Protocol):
         """What the parts of a step's loss are called; each goes backward before the next is asked for."""
         ...
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
-        """The parts, 0-d and with a graph, of step `step`, from 0, with `network` in the place of `self.network`."""
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
+        """The parts of step `step`, from 0, with `network` in the place of `self.network`."""
         ...
 
 
@@ -70,7 +79,7 @@ class Distillation:
             return [f"segment {index + 1} of {nfe}" for index in range(nfe)]
         return [f"segments drawn from {nfe}"]
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
         """The segments' losses (Algorithms 2 and 3)."""
         student = replace(self.student, network=TimedNetwork(cast(Callable[..., Outputs], network), clock))
         latents = batch.latents
@@ -85,7 +94,17 @@ class Distillation:
             step,
             batch.randomness,
         ):
-            yield segment.loss
+            yield Part(segment.loss, partial(_segments, segment, self.parts[segment.index], student.schedule))
+
+
+def _segments(part: SegmentLoss, name: str, schedule: Schedule) -> str:
+    """`name`, or where each sample has its own segment, those of the samples whose loss is not finite."""
+    bad = ~part.each.isfinite()
+    if not isinstance(part.raw_src, Tensor) or not bool(bad.any()):
+        return name
+    starts = torch.tensor(segments(schedule.nfe, schedule.final_step_scale)[:-1])
+    found = {int((starts - start).abs().argmin()) + 1 for start in part.raw_src[bad].tolist()}
+    return f"segment {' and '.join(map(str, sorted(found)))} of {schedule.nfe}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +117,7 @@ class FlowMatching:
     shift: float = 1.0
     parts: Sequence[str] = ("flow matching",)
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
         """The flow-matching loss."""
         dropped = uniform([len(batch.latents)], batch.randomness, like=batch.latents) < self.label_dropout
         conditions = dict(batch.conditions)
@@ -108,7 +127,7 @@ class FlowMatching:
             conditions[name] = torch.where(align(dropped, own), null, own)
         field = _Field(network, clock)
         loss = flow_matching_loss(field, batch.latents, conditions, batch.randomness, self.shift).mean()
-        yield loss
+        yield Part(loss, lambda: "flow matching")
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ class RunLog:
     def state(self) -> dict[str, Any]:
         """The open interval, for the checkpoint of the last step; JSON can hold it.
 
-        What was logged until then is on disk afterwards.
+        What was logged until then has been handed to the system.
         """
         if self._writer is not None:
             self._writer.flush()

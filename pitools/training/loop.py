@@ -33,7 +33,7 @@ from pitools.training.interrupt import Interrupt, graceful_interrupt
 from pitools.training.jobs import Batch, Call, Job
 from pitools.training.log import RunLog, StepRecord, peak_memory
 from pitools.training.optimiser import Optimiser, build_optimiser, clip_at, learning_rate_at
-from pitools.training.random import sample_generators
+from pitools.training.random import keyed_generator, sample_generators
 
 EMA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "own": None}
 
@@ -102,6 +102,8 @@ def train(
     ema = EMA(plain, section.ema_gamma, EMA_DTYPES[section.ema_dtype])
     checkpoints = folder / "checkpoints"
     start, log_state = _resume(checkpoints, named, optimiser, ema, engine, console)
+    if not engine.agreed(start):
+        raise CheckpointError(f"the processes see other checkpoints in {checkpoints}; it must be a folder they share")
 
     finite: list[Tensor] = []  # flags of the network's last answer, which nobody waits for unless something fails
 
@@ -125,23 +127,26 @@ def train(
         for step in range(start, section.steps):
             clock = Clock(engine.device)
             losses: list[Tensor] = []
+            places: list[Callable[[], str]] = []
             for micro, own in enumerate(rows):
                 batch = _batch(data, seed, name, step, section.batch, own, engine)
                 computed = job.losses(call, step, batch, clock)
-                for part in job.parts:
-                    last = micro == len(rows) - 1 and part == job.parts[-1]
+                for index, part in enumerate(job.parts):
+                    last = micro == len(rows) - 1 and index == len(job.parts) - 1
                     with engine.syncing(network, last):
                         where = f"{name}, step {step + 1}, {part}"
                         with _answered(finite, where, checkpoints), clock.forward():
-                            loss = next(computed) / len(rows)
+                            share = next(computed)
+                            loss = share.loss / len(rows)
                         with clock.backward():
                             loss.backward()
                     losses.append(loss.detach())
+                    places.append(share.where)
 
             *values, stop = engine.mean(torch.stack([*losses, _flag(interrupt, engine.device)])).tolist()
             norm = _clipped([value for _, value in named], clip_at(section.optimiser, step))
             if not all(map(math.isfinite, [*values, norm])):
-                raise _diverged(name, step, values, [*job.parts] * len(rows), norm, checkpoints)
+                raise _diverged(name, step, values, [place() for place in places], norm, checkpoints)
             rate = learning_rate_at(section.optimiser, step, section.steps)
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -178,6 +183,8 @@ def train(
 def _batch(data: Data, seed: int, name: str, step: int, size: int, rows: range, engine: Engine) -> Batch:
     latents, conditions = data.batch(data_indices(seed, len(data), step, size, rows))
     generators = sample_generators(seed, f"train {name}", step, rows)
+    # Modules draw from torch's global state, as dropout does: it is keyed by the first row, for all of them.
+    torch.manual_seed(keyed_generator(seed, f"modules {name}", step, sample=rows.start).initial_seed())
     return Batch(latents.to(engine.device), to_device(conditions, engine.device), generators)
 
 

@@ -29,7 +29,10 @@ from pitools.types import Factorisation, Schedule
 
 
 class Backbone(Protocol):
-    """A recipe's section `[backbone]`, found through the entry points `pitools.backbones`: name -> frozen dataclass."""
+    """A recipe's section `[backbone]`, found through the entry points `pitools.backbones`: name -> frozen dataclass.
+
+    One whose networks take a guidance scale as the condition "guidance" says so by an attribute `embeds_guidance`.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,8 +69,8 @@ class TeacherSection:
     """The recipe's section [teacher].
 
     training: of its own weights, by flow matching.  label_dropout: how often its conditions are replaced by the
-    null ones there, which is what guidance needs.  shift: m of its training times.  steps: Euler steps of the
-    reference that students are compared with.  seed: of its weights, order and draws, so that runs with other seeds
+    null ones there, which is what guidance needs.  shift: m of its training times.  reference_steps: Euler steps of
+    its own samples, with which students are compared.  seed: of its weights, order and draws; runs with other seeds
     share it.
     """
 
@@ -75,14 +78,14 @@ class TeacherSection:
     seed: int = 0
     label_dropout: float = 0.1
     shift: float = 1.0
-    steps: int = 128
+    reference_steps: int = 128
     guidance: Guidance = field(default_factory=Guidance)
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.reference_steps < 1:
+            raise ValueError(f"reference_steps must be at least 1, got {self.reference_steps}")
         if self.guidance.scale != 1 and self.label_dropout == 0:
             raise ValueError(f"guidance.scale {self.guidance.scale} needs label_dropout above 0, for the null class")
 
@@ -155,6 +158,10 @@ class Recipe:
                 raise ValueError(f"students are named with letters, digits, - and _, as their folders, got {name!r}")
 
 
+TOLD = ("checkpoint_every", "keep", "log_every", "sheet_every")
+"""Keys of a training that say what it tells and keeps, and do not change its weights."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A recipe with its plug-ins, checked: everything that can be known before any training starts.
@@ -187,15 +194,20 @@ def plan(table: Mapping[str, object], name: str) -> Plan:
     classes, known = getattr(data, "classes", None), getattr(backbone, "classes", None)
     if classes is not None and known is not None and classes != known:
         raise RecipeError(f"[backbone] is made for {known} classes, and [data] has {classes}; set classes = {classes}")
+    if recipe.teacher.guidance.embedded is not None and not getattr(backbone, "embeds_guidance", False):
+        raise RecipeError(
+            f'[teacher.guidance] embedded is for networks that take their guidance as a condition, and a "'
+            f'{recipe.backbone["name"]}" takes none; use scale'
+        )
     resolved = as_table(recipe)
     resolved["data"] = {"name": recipe.data["name"], **as_table(data)}
     resolved["backbone"] = {"name": recipe.backbone["name"], **as_table(backbone)}
     architecture = {key: value for key, value in resolved["backbone"].items() if key != "head"}
-    trained = {key: resolved["teacher"][key] for key in ("training", "seed", "label_dropout", "shift")}
-    identity: dict[str, Any] = {}
-    if recipe.engine.precision != "float32":
-        identity["precision"] = recipe.engine.precision
-    teacher_hash = section_hash({"data": resolved["data"]}, {"backbone": architecture}, {"teacher": trained}, identity)
+    teacher = {key: resolved["teacher"][key] for key in ("seed", "label_dropout", "shift")}
+    training = {key: value for key, value in resolved["teacher"]["training"].items() if key not in TOLD}
+    source = {key: value for key, value in resolved["data"].items() if key != "samples"}
+    precision = {"precision": recipe.engine.precision}
+    teacher_hash = section_hash(source, architecture, teacher, training, precision)
     return Plan(recipe, data, backbone, recipe.run.out or Path("runs") / name, resolved, teacher_hash)
 
 

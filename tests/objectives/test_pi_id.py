@@ -54,7 +54,7 @@ def backward(student: WrongStudent) -> Tensor:
 
 def test_data_free_training_visits_every_segment_one_graph_at_a_time() -> None:
     objective = PiID(
-        data_free=True, states=2, window=3 / 128, dropout=0.1, loss_scale=30.0, step_size=1 / 64, floor=0.01
+        data_free=True, states=2, window=3 / 128, dropout=0.1, loss_scale=60.0, step_size=1 / 64, floor=0.01
     )
     student, noise = WrongStudent(), randn(random(3), 16, 2)
     seen = []
@@ -228,7 +228,7 @@ def test_bad_values_are_refused(values: dict[str, float], message: str) -> None:
 
 
 def test_what_disagrees_is_refused_before_training() -> None:
-    published = PiID(window=3 / 128, dropout=0.1, states=4, teacher_ratio=1.0, decay_steps=2000, loss_scale=30.0)
+    published = PiID(window=3 / 128, dropout=0.1, states=4, teacher_ratio=1.0, decay_steps=2000, loss_scale=60.0)
     published.check(SCHEDULE, GMHead(8))
     for head in (DXHead(10), PolynomialHead(3), ShortcutHead()):
         PiID(window=3 / 128).check(SCHEDULE, head)

@@ -11,13 +11,14 @@ from mixtures import random
 
 import toys.distill
 from pitools import Imitation, Schedule, imitation_loss, integrate, sample, unshift_time
+from pitools.guidance import Conditioned
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.types import POINTS
 from toys.distill import Training, distill
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
 from toys.plots import student_path
-from toys.targets import Conditioned, load_target
+from toys.targets import load_target
 
 HEADS: list[Head] = [GMHead(6), DXHead(4), PolynomialHead(3), ShortcutHead()]
 SHORT = Training(steps=4, batch=32, learning_rate=1e-3, states=2, step_size=1 / 8, floor=1 / 8)

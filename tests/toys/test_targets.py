@@ -5,8 +5,9 @@ import torch
 from mixtures import random
 
 from pitools import integrate
+from pitools.guidance import Conditioned
 from pitools.metrics import energy_distance, mode_report
-from toys.targets import TARGETS, Conditioned, load_target
+from toys.targets import TARGETS, load_target
 
 PLANE = [name for name in TARGETS if name != "digits"]
 

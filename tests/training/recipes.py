@@ -21,7 +21,7 @@ TINY: dict[str, Any] = {
         "head": {"factor": "patch", "log_std_width": 16},
     },
     "teacher": {
-        "steps": 4,
+        "reference_steps": 4,
         "guidance": {"scale": 2.0},
         "training": {"steps": 6, "batch": 8, "log_every": 1, "optimiser": {"learning_rate": 1e-3, "warmup_steps": 2}},
     },

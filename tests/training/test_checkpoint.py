@@ -25,6 +25,7 @@ from pitools.training.checkpoint import (
     load,
     newest,
     optimiser_tensors,
+    read_tensors,
     restore_optimiser,
     save,
     write_json,
@@ -372,7 +373,7 @@ def test_single_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     weights["again"] = weights["tied"]
     write_tensors(tmp_path / "run" / "model.safetensors", weights, {"policy_config": "{}"})
     with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"policy_config": "{}"}
+        assert file.metadata()["policy_config"] == "{}"
         assert all(same(file.get_tensor(name), value) for name, value in weights.items())
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with largest_file(1000):
@@ -506,3 +507,25 @@ def test_the_state_of_one_kind_of_optimiser_is_no_state_of_the_other() -> None:
     for one, other in ((eight, plain), (plain, eight)):
         with pytest.raises(CheckpointError, match=r"missing .*surplus"):
             restore_optimiser(other, module.named_parameters(), optimiser_tensors(one, module.named_parameters()))
+
+
+def test_weights_are_verified_when_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    tensors = {
+        "a": torch.randn(4, 3, dtype=torch.bfloat16),
+        "b": torch.tensor(7),
+        "c": torch.empty(0),
+        "d": torch.randn(2, 6).T,
+    }
+    write_tensors(path, tensors, {"policy": "gm"})
+    found = read_tensors(path)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in tensors.items())
+    good = path.read_bytes()
+    for damaged in (good[:-1], good[:-1] + bytes([good[-1] ^ 1]), b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged"):
+            read_tensors(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged"):
+        read_tensors(path)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pitools.training.clock import Clock
 from pitools.training.data import data_indices
 from pitools.training.engine import Engine, EngineSection
 from pitools.training.errors import CheckpointError, DivergenceError, Stopped
-from pitools.training.jobs import Batch, Call
+from pitools.training.jobs import Batch, Call, Part
 from pitools.training.loop import Training, train
 from pitools.training.optimiser import Optimiser, learning_rate_at
 from pitools.training.random import sample_generators
@@ -54,14 +55,14 @@ class Regression:
     parts: Sequence[str] = ("part 1 of 2", "part 2 of 2")
     spoil: Callable[[int, int, Tensor], Tensor] = lambda step, index, loss: loss
 
-    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Tensor]:
+    def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
         for index in range(len(self.parts)):
             noise = normal(batch.latents.shape, batch.randomness, batch.latents)
             labels = torch.as_tensor(batch.conditions["labels"]).unsqueeze(1)
             with clock.in_network():
                 answer = network(batch.latents + noise, noise.sum(1))
             loss = (answer - 0.1 * labels - index).square().mean()
-            yield self.spoil(step, index, loss)
+            yield Part(self.spoil(step, index, loss), partial(str, self.parts[index]))
 
 
 class Network(nn.Module):
@@ -121,8 +122,8 @@ def written_out(section: Training) -> tuple[Network, dict[str, Tensor], list[flo
         total = 0.0
         clock = Clock(torch.device("cpu"))
         for part in Regression(network).losses(network, step, Batch(latents, conditions, randomness), clock):
-            part.backward()
-            total += float(part.detach())
+            part.loss.backward()
+            total += float(part.loss.detach())
         norm = torch.stack([value.grad.norm() for value in trained.values() if value.grad is not None]).norm()
         if step >= chosen.warmup_steps and norm > chosen.clip:
             for value in trained.values():
@@ -321,6 +322,24 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path: Path) -> None
     assert steps_in(tmp_path) == ["step-00000002", "step-00000003"]
     again = run(tmp_path, Regression(Network()))
     whole = run(tmp_path / "whole", Regression(Network()))
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+class Forgetful(Network):
+    """It has dropout, which draws from torch's global state."""
+
+    def forward(self, x: Tensor, t: Tensor, conditions: Conditions | None = None) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training), t, conditions)
+
+
+def test_a_module_that_draws_for_itself_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", Regression(Forgetful()))
+    plain = run(tmp_path / "plain", Regression(Network()))
+    assert not any(torch.equal(plain[name], value) for name, value in whole.items())
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", Regression(Forgetful(), spoil=cut_at(3)))
+    torch.rand(7)
+    again = run(tmp_path / "cut", Regression(Forgetful()))
     assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
