@@ -54,7 +54,7 @@ def backward(student: WrongStudent) -> Tensor:
 
 def test_data_free_training_visits_every_segment_one_graph_at_a_time() -> None:
     objective = PiID(
-        data_free=True, states=2, window=3 / 128, dropout=0.1, loss_scale=60.0, step_size=1 / 64, floor=0.01
+        data_free=True, states=2, window=3 / 128, dropout=0.1, loss_scale=30.0, step_size=1 / 64, floor=0.01
     )
     student, noise = WrongStudent(), randn(random(3), 16, 2)
     seen = []
