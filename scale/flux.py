@@ -40,7 +40,7 @@ class FluxForm:
         )[0]
 
     def targets(self, transformer: Any) -> list[str]:
-        """The feed-forward layers of both kinds of blocks and the time embedder; no attention, not the root's proj_out."""
+        """The feed-forward layers of both kinds of blocks, and the time embedder; not the root's own proj_out."""
         double = r"transformer_blocks\.\d+\.(ff|ff_context)\.net\.(0\.proj|2)"
         single = r"single_transformer_blocks\.\d+\.(proj_mlp|proj_out)"
         time = r"time_text_embed\.timestep_embedder\.linear_[12]"

@@ -29,7 +29,7 @@ class QwenForm:
         )[0]
 
     def targets(self, transformer: Any) -> list[str]:
-        """Both MLPs of every block, but for the last one's text MLP, whose output goes nowhere; and the time embedder."""
+        """The blocks' MLPs, but for the last one's of text, whose output goes nowhere; and the time embedder."""
         last = len(transformer.transformer_blocks) - 1
         mlp = re.compile(r"transformer_blocks\.(\d+)\.(img|txt)_mlp\.net\.(0\.proj|2)")
         found = {name: mlp.fullmatch(name) for name, _ in transformer.named_modules()}
