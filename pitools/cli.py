@@ -36,7 +36,7 @@ def _options(
     """Few-step flow models: policies, distillation and toy experiments with exact teachers."""
 
 
-for _command in entry_points(group="pitools.toys"):
+for _command in (*entry_points(group="pitools.toys"), *entry_points(group="pitools.commands")):
     app.command(_command.name)(_command.load())
 
 
@@ -51,6 +51,10 @@ def distill(
             "--set", help="Change a key of the recipe: section.key=value; may be repeated.", metavar="KEY=VALUE"
         ),
     ] = None,
+    tiny: Annotated[
+        bool,
+        typer.Option("--tiny", help="The same job with a tiny random network and stub data, in seconds on a CPU."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print the whole recipe, parameter counts and an estimate of memory.")
     ] = False,
@@ -67,6 +71,8 @@ def distill(
         pitools distill toys/digits.toml --set training.steps=200 --set run.out=runs/short
 
         pitools distill toys/digits.toml --dry-run
+
+        pitools distill scale/qwen.toml --tiny
 
         torchrun --nproc_per_node 2 -m pitools distill toys/digits.toml --set engine.parallel=fsdp2
     """
@@ -86,7 +92,9 @@ def distill(
     console = Console(quiet=not _first())
     try:
         path = find_recipe(recipe, ["toys", "scale"])
-        planned = plan(override(read_recipe(path), assign or []), Path(recipe).stem)
+        planned = plan(override(read_recipe(path), assign or []), Path(recipe).stem, tiny)
+        if tiny:
+            console.print("A tiny random network and stub data: nothing here is a result.", highlight=False)
         if dry_run:
             console.print(describe(planned), markup=False, highlight=False, soft_wrap=True)
         else:

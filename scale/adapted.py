@@ -167,6 +167,8 @@ class AdaptedPolicy(nn.Module):
         if as_teacher:
             with lora_off(self.transformer):
                 return _velocity(self.transformer, self.form, x_src, t_src, conditions)
+        if self.guidance is not None:
+            conditions = {"guidance": torch.full_like(t_src, self.guidance), **(conditions or {})}
         _velocity(self.transformer, self.form, x_src, t_src, conditions)
         hidden, embedding = self._tap.take()
         dtype = self.heads.velocities.weight.dtype

@@ -41,6 +41,8 @@ class TextToImage:
     lora: LoRA = field(default_factory=LoRA)
     head: Heads = field(default_factory=Heads)
 
+    kind: ClassVar[str]
+    """What recipes call it."""
     form: ClassVar[Form]
     class_name: ClassVar[str]
     """Of the diffusers transformer."""
@@ -62,6 +64,16 @@ class TextToImage:
         """One mixture for each latent pixel, shared by its channels."""
         return PIXELWISE
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether the teacher comes with weights; random ones stand for them."""
+        return True
+
+    @property
+    def stub(self) -> Mapping[str, object]:
+        """A [data] section for a tiny transformer."""
+        return {"name": "stub-prompts", "backbone": self.kind}
+
     def tiny(self) -> Self:
         """The same with random weights of a size for tests."""
         return replace(
@@ -77,13 +89,15 @@ class TextToImage:
         """The frozen transformer; random weights are drawn from `generator`, which lives on the CPU."""
         return Base(self.transformer(generator).requires_grad_(False).eval(), self.form)
 
-    def student(self, teacher: nn.Module, head: Head, generator: torch.Generator) -> AdaptedPolicy:
+    def student(
+        self, teacher: nn.Module, head: Head, generator: torch.Generator, guidance: float | None = None
+    ) -> AdaptedPolicy:
         """A student on the teacher's own transformer. An earlier one on it is taken off."""
         if not isinstance(teacher, Base):
             raise ValueError(
                 f"a {self.class_name} student needs its teacher's transformer, not {type(teacher).__name__}"
             )
-        return AdaptedPolicy(teacher, head.sizes, self.lora, self.head, generator)
+        return AdaptedPolicy(teacher, head.sizes, self.lora, self.head, generator, guidance=guidance)
 
     def transformer(self, generator: torch.Generator) -> Any:
         """The diffusers transformer. `ValueError` for weights that cannot be had, saying why."""
@@ -117,6 +131,7 @@ class QwenImage(TextToImage):
 
     weights: str = "Qwen/Qwen-Image"
 
+    kind: ClassVar[str] = "qwen"
     form: ClassVar[Form] = QwenForm()
     class_name: ClassVar[str] = "QwenImageTransformer2DModel"
     sizes: ClassVar[Mapping[str, Any]] = {**_TINY, "axes_dims_rope": (4, 6, 6)}
@@ -128,6 +143,7 @@ class Flux(TextToImage):
 
     weights: str = "black-forest-labs/FLUX.1-dev"
 
+    kind: ClassVar[str] = "flux"
     form: ClassVar[Form] = FluxForm()
     class_name: ClassVar[str] = "FluxTransformer2DModel"
     embeds_guidance: ClassVar[bool] = True
@@ -147,6 +163,7 @@ class Flux2(TextToImage):
 
     weights: str = "black-forest-labs/FLUX.2-dev"
 
+    kind: ClassVar[str] = "flux2"
     form: ClassVar[Form] = Flux2Form()
     class_name: ClassVar[str] = "Flux2Transformer2DModel"
     channels: ClassVar[int] = 32

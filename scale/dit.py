@@ -1,11 +1,7 @@
 """The diffusers DiT (Peebles and Xie 2023) as a flow-matching teacher, and as the network of a policy student.
 
 Both wrap `DiTTransformer2DModel` and leave its forward pass alone. A student reads the tokens that enter the last
-projection with heads of its own, which start as that projection:
-
-    velocities  [B, L, V, C]  the projection, V times over (for a mixture: apart by noise in the bias)
-    factor      [B, L, E]     zero: equal log-weights
-    sample      [B, P]        SiLU, Linear, SiLU, Linear on the detached time embedding; starts at log 0.05
+projection with heads of its own, which start as that projection (`scale.heads`).
 
 A token is a patch of p x p latent pixels, and a factor is one pixel or one whole patch. Within a token, a head's
 channels come pixel slowest, then component, then channel, as in the published ImageNet weights; where the patch is
@@ -15,21 +11,22 @@ the factor, they come component slowest, then the channels of `patchwise`.
 from __future__ import annotations
 
 import copy
-import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from pitools.draws import normal
 from pitools.policies import Head, HeadSizes, Outputs
 from pitools.types import PIXELWISE, Conditions, Factorisation, patchwise
+from scale.heads import Layout, PolicyHeads
 
 Factor = Literal["pixel", "patch"]
-LOG_STD = math.log(0.05)
+LAYOUTS = {
+    "pixel": Layout(base="p q c", velocities="p q v c", factor="p q e"),
+    "patch": Layout(base="p q c", velocities="v c p q", factor="e", by_patch=True),
+}
 TIMESTEPS = 1000
 """The scale on which the transformer's time embedding was made: it sees 1000 t."""
 
@@ -57,11 +54,12 @@ class DiTHead:
 
 @dataclass(frozen=True)
 class DiT:
-    """Recipe section `[backbone]` with `name = "dit"`: a DiT with random weights, to be trained from scratch.
+    """Recipe section `[backbone]` with `name = "dit"`.
 
     channels, size: of the square latents `[B, channels, size, size]`.  patch: p.  layers, heads, head_width: of the
     transformer, whose width is heads x head_width.  classes: of `class_labels`; one more label, `classes`, means
-    "no class".  head: of students.
+    "no class".  weights: hub id or folder of one that was trained by flow matching; "" for random ones, to be trained
+    from scratch; "random" and "tiny" for random ones that stand for trained.  head: of students.
     """
 
     channels: int = 4
@@ -71,6 +69,7 @@ class DiT:
     heads: int = 16
     head_width: int = 72
     classes: int = 1000
+    weights: str = ""
     head: DiTHead = field(default_factory=DiTHead)
 
     def __post_init__(self) -> None:
@@ -95,8 +94,32 @@ class DiT:
         """How a policy sees a latent."""
         return PIXELWISE if self.head.factor == "pixel" else patchwise(self.patch)
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether the teacher comes with weights."""
+        return bool(self.weights)
+
+    @property
+    def stub(self) -> Mapping[str, object]:
+        """A [data] section for a tiny DiT."""
+        return {"name": "stub-prompts", "backbone": "dit", "height": 64, "width": 64}
+
+    def tiny(self) -> Self:
+        """The same with random weights of a size for tests. `ValueError` for one that is to be trained from scratch."""
+        if not self.pretrained:
+            raise ValueError("a DiT without weights has no tiny form; toys/tiny.toml is a small recipe that trains one")
+        head = replace(self.head, log_std_width=min(self.head.log_std_width, 16))
+        return replace(self, weights="tiny", size=8, layers=2, heads=2, head_width=16, classes=10, head=head)
+
+    def outline(self) -> DiTVelocity:
+        """The teacher as the dry run needs it."""
+        return replace(self, weights="").teacher(torch.Generator())
+
     def teacher(self, generator: torch.Generator) -> DiTVelocity:
-        """A DiT that answers with a velocity, its weights drawn from `generator`, which lives on the CPU."""
+        """A DiT that answers with a velocity; random weights are drawn from `generator`, which lives on the CPU.
+
+        `ValueError` for weights that cannot be had, or that are of another size than this section says.
+        """
         try:
             from diffusers import DiTTransformer2DModel
         except ImportError as error:
@@ -105,28 +128,51 @@ class DiT:
             ) from error
 
         model: Any = DiTTransformer2DModel
+        if self.weights not in ("", "random", "tiny"):
+            try:
+                transformer = model.from_pretrained(self.weights)
+            except OSError as error:
+                raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
+            self._check(transformer.config)
+            return DiTVelocity(transformer)
         with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
             torch.set_rng_state(generator.get_state())
-            transformer = model(
-                num_attention_heads=self.heads,
-                attention_head_dim=self.head_width,
-                in_channels=self.channels,
-                out_channels=self.channels,
-                num_layers=self.layers,
-                sample_size=self.size,
-                patch_size=self.patch,
-                num_embeds_ada_norm=self.classes,
-                attention_bias=True,
-                norm_num_groups=1,
-            )
-            _initialise_teacher(transformer)
+            transformer = model(**self._config, norm_num_groups=1)
+            # One to be trained starts at zero velocity; one that stands for trained weights does not.
+            _initialise_teacher(transformer, last_zero=not self.pretrained)
             generator.set_state(torch.get_rng_state())
         return DiTVelocity(transformer)
 
-    def student(self, teacher: nn.Module, head: Head, generator: torch.Generator) -> DiTPolicy:
+    @property
+    def _config(self) -> dict[str, Any]:
+        return {
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.head_width,
+            "in_channels": self.channels,
+            "out_channels": self.channels,
+            "num_layers": self.layers,
+            "sample_size": self.size,
+            "patch_size": self.patch,
+            "num_embeds_ada_norm": self.classes,
+            "attention_bias": True,
+        }
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        for key, wanted in self._config.items():
+            if config[key] != wanted:
+                raise ValueError(
+                    f"weights {self.weights!r} have {key} = {config[key]}, and this section says {wanted}"
+                    + ("; a DiT that predicts a variance, too, is no velocity" if key == "out_channels" else "")
+                )
+
+    def student(
+        self, teacher: nn.Module, head: Head, generator: torch.Generator, guidance: float | None = None
+    ) -> DiTPolicy:
         """A network for `head` that starts as a copy of the teacher. `ValueError` for another kind of teacher."""
         if not isinstance(teacher, DiTVelocity):
             raise ValueError(f"a DiT student starts from a DiT teacher, not from a {type(teacher).__name__}")
+        if guidance is not None:
+            raise ValueError(f"a DiT embeds no guidance, got {guidance}")
         return DiTPolicy(
             copy.deepcopy(teacher.transformer).requires_grad_(True), head.sizes, self.head, generator=generator
         )
@@ -177,42 +223,30 @@ class DiTPolicy(_Wrapped):
 
     def __init__(self, transformer: Any, sizes: HeadSizes, head: DiTHead, generator: torch.Generator) -> None:
         super().__init__(transformer)
-        self.sizes, self.factor = sizes, head.factor
         base: nn.Linear = transformer.proj_out_2
         base.requires_grad_(False)  # its output goes nowhere
-        self.patch, self.channels = transformer.config.patch_size, transformer.config.in_channels
-        pixels = self.patch**2 if head.factor == "pixel" else 1
-        width, like = base.in_features, base.weight
-
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            # Unlike `nn.Linear` itself, this draws nothing from the global state.
-            return cast(nn.Linear, skip_init(nn.Linear, inputs, outputs, device=like.device, dtype=like.dtype))
-
-        self.velocities = linear(width, base.out_features * sizes.velocities)
-        self.factors = linear(width, pixels * sizes.factor) if sizes.factor else None
-        self.samples = None
-        if sizes.sample:
-            inner, outer = linear(width, head.log_std_width), linear(head.log_std_width, sizes.sample)
-            self.samples = nn.Sequential(nn.SiLU(), inner, nn.SiLU(), outer)
+        self.patch = transformer.config.patch_size
+        self.heads = PolicyHeads(
+            base,
+            sizes,
+            LAYOUTS[head.factor],
+            channels=transformer.config.in_channels,
+            patch=self.patch,
+            spread=head.spread,
+            log_std_width=head.log_std_width,
+            generator=generator,
+        )
         self._tokens: Tensor | None = None
         base.register_forward_pre_hook(self._tap)
-        self._initialise_heads(base, head.spread, generator)
 
     def forward(self, x_src: Tensor, t_src: Tensor, conditions: Conditions | None = None) -> Outputs:
         """The head's outputs at latents `[B, C, H, W]`, t_src `[B]`, `class_labels` `[B]`."""
         self._call(x_src, t_src, conditions)
         tokens, self._tokens = self._tokens, None
         assert tokens is not None
-        rows = x_src.shape[-2] // self.patch
-        velocities = self.velocities(tokens)
-        factor = tokens[..., :0] if self.factors is None else self.factors(tokens)
-        if self.factor == "pixel":
-            velocities = self._by_factor(velocities, "v c", rows, c=self.channels)
-            factor = self._by_factor(factor, "e", rows, e=self.sizes.factor)
-        else:
-            velocities = rearrange(velocities, "b n (v f) -> b n v f", v=self.sizes.velocities)
-        sample = tokens[:, 0, :0] if self.samples is None else self.samples(self._embedding(t_src, conditions))
-        return Outputs(velocities, factor, sample)
+        # Only a mixture's log-std reads the embedding.
+        embedding = self._embedding(t_src, conditions) if self.heads.sizes.sample else tokens[:, 0]
+        return cast(Outputs, self.heads(tokens, embedding, x_src.shape[-2] // self.patch))
 
     def _tap(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
         self._tokens = arguments[0]
@@ -222,45 +256,12 @@ class DiTPolicy(_Wrapped):
         assert conditions is not None
         embed = self.transformer.transformer_blocks[0].norm1.emb
         with torch.no_grad():
-            dtype = self.velocities.weight.dtype
+            dtype = self.heads.velocities.weight.dtype
             return cast(Tensor, embed(t * TIMESTEPS, conditions["class_labels"], hidden_dtype=dtype))
-
-    def _by_factor(self, outputs: Tensor, inner: str, rows: int, **sizes: int) -> Tensor:
-        """`[B, tokens, pixels x inner]` to `[B, L, inner]`, L in the order of the latent's pixels."""
-        pattern = f"b (h w) (p q {inner}) -> b (h p w q) {inner}"
-        return rearrange(outputs, pattern, h=rows, p=self.patch, q=self.patch, **sizes)
-
-    @torch.no_grad()
-    def _initialise_heads(self, base: nn.Linear, spread: float, generator: torch.Generator) -> None:
-        order = {"pixel": "(p q v c)", "patch": "(v c p q)"}[self.factor]
-        sizes = {"p": self.patch, "q": self.patch, "c": self.channels}
-        count = self.sizes.velocities
-        weight: Tensor = repeat(base.weight, f"(p q c) i -> {order} i", v=count, **sizes)
-        bias: Tensor = repeat(base.bias, f"(p q c) -> {order}", v=count, **sizes)
-        if self.sizes.start == "spread" and self.factor == "pixel":
-            noise = normal((count, self.channels), generator, like=bias)  # the pixels of a patch start alike
-            bias = bias + spread * repeat(noise, f"v c -> {order}", **sizes)
-        elif self.sizes.start == "spread":
-            bias = bias + spread * normal(bias.shape, generator, like=bias)
-        elif self.sizes.start == "first":
-            first: Tensor = repeat(torch.eye(count)[0].to(bias), f"v -> {order}", **sizes)
-            weight, bias = weight * first.unsqueeze(1), bias * first
-        self.velocities.weight.copy_(weight)
-        self.velocities.bias.copy_(bias)
-        if self.factors is not None:
-            nn.init.zeros_(self.factors.weight)
-            nn.init.zeros_(self.factors.bias)
-        if self.samples is not None:
-            inner, outer = cast(nn.Linear, self.samples[1]), cast(nn.Linear, self.samples[3])
-            drawn = torch.empty(inner.weight.shape)  # where the generator lives
-            inner.weight.copy_(nn.init.trunc_normal_(drawn, std=inner.in_features**-0.5, generator=generator))
-            nn.init.zeros_(inner.bias)
-            nn.init.zeros_(outer.weight)
-            nn.init.constant_(outer.bias, LOG_STD)
 
 
 @torch.no_grad()
-def _initialise_teacher(transformer: Any) -> None:
+def _initialise_teacher(transformer: Any, last_zero: bool) -> None:
     """As DiT does it, the patch embedding apart: every block starts as the identity, and the velocity at zero."""
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
@@ -273,6 +274,6 @@ def _initialise_teacher(transformer: Any) -> None:
         for layer in (embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.normal_(embed.class_embedder.embedding_table.weight, std=0.02)
-    for layer in (transformer.proj_out_1, transformer.proj_out_2):
+    for layer in (transformer.proj_out_1, transformer.proj_out_2) if last_zero else ():
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)

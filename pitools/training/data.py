@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -52,12 +52,21 @@ class Data(Protocol):
         """Latents x_0 `[B, *shape]` and their conditions, on the CPU."""
         ...
 
-    def evaluation(self, teacher: VelocityField, device: torch.device | str) -> Evaluation:
-        """How students of `teacher` compare with it."""
+    def evaluation(self, teacher: VelocityField, device: torch.device | str) -> Evaluation | None:
+        """How students of `teacher` compare with it; None where sheets are all there is to see."""
         ...
 
     def draw_sheet(self, path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
         """Write a picture: a row of samples for each title."""
+        ...
+
+
+@runtime_checkable
+class Ordered(Protocol):
+    """Data with an order of its own, such as one in which a step's samples are all of one size."""
+
+    def indices(self, seed: int, step: int, batch: int, rows: Sequence[int]) -> Sequence[int]:
+        """Which samples the given rows of a step's global batch are; a function of its arguments alone."""
         ...
 
 

@@ -2,8 +2,8 @@
 
     OUT/recipe.toml                      the recipe with every default filled in
     OUT/NAME-4nfe/                       log.jsonl, checkpoints, sheets, and student.safetensors (averaged weights)
-    OUT/metrics.json, samples.png        how the students compare with the teacher
-    OUT/../teachers/HASH/                the teacher, shared by all recipes with the same one
+    OUT/metrics.json, samples.png        how the students compare with the teacher, where the data says how
+    OUT/../teachers/HASH/                the teacher where it is trained, shared by all recipes with the same one
 
 Run again, it goes on where it was; what is finished is not done again.
 """
@@ -45,7 +45,7 @@ from pitools.training.recipe import Plan, StudentSection, changed_keys
 from pitools.types import Conditions
 
 SHEET = 20
-"""Images in a row of a sheet."""
+"""Images in a row of samples.png."""
 
 CLAIMING = ".recipe.toml.new"
 
@@ -100,19 +100,32 @@ def distill(plan: Plan, console: Console) -> None:
         for member in members(plan):
             _student(plan, member, teacher_network, teacher, engine, console)
         if engine.main:
-            evaluation = plan.data.evaluation(teacher, engine.device)
-            with show_comparison(console) as progress:
-                results, rows = _compare(plan, evaluation, teacher_network, engine, progress)
-            sheet = plan.out / "samples.png"
-            try:
-                plan.data.draw_sheet(sheet, [(title, images[:SHEET]) for title, images in rows])
-            except OSError as error:
-                raise CheckpointError(f"{sheet} could not be written: {error.strerror or error}") from error
-            # Last, so that a folder with metrics.json is complete.
-            results["seconds"] = round(time.perf_counter() - start, 2)
-            write_json(plan.out / "metrics.json", results)
-            console.print(_table(plan, results))
-            _tell(console, f"Wrote {plan.out}/ (metrics.json, samples.png, recipe.toml, weights).")
+            _finish(plan, teacher, teacher_network, engine, start, console)
+
+
+def _finish(
+    plan: Plan, teacher: Teacher, teacher_network: nn.Module, engine: Engine, start: float, console: Console
+) -> None:
+    """Compare the students with the teacher, where the data says how, and write what the folder still lacks."""
+    evaluation = plan.data.evaluation(teacher, engine.device)
+    if evaluation is None:
+        results: dict[str, Any] = {"students": [_row(plan, member) for member in members(plan)]}
+        written = "metrics.json, recipe.toml, weights, sheets"
+    else:
+        with show_comparison(console) as progress:
+            results, rows = _compare(plan, evaluation, teacher_network, engine, progress)
+        sheet = plan.out / "samples.png"
+        try:
+            plan.data.draw_sheet(sheet, [(title, images[:SHEET]) for title, images in rows])
+        except OSError as error:
+            raise CheckpointError(f"{sheet} could not be written: {error.strerror or error}") from error
+        written = "metrics.json, samples.png, recipe.toml, weights"
+    # Last, so that a folder with metrics.json is complete.
+    results["seconds"] = round(time.perf_counter() - start, 2)
+    write_json(plan.out / "metrics.json", results)
+    if evaluation is not None:
+        console.print(_table(plan, results))
+    _tell(console, f"Wrote {plan.out}/ ({written}).")
 
 
 def describe(plan: Plan) -> str:
@@ -121,7 +134,8 @@ def describe(plan: Plan) -> str:
     Builds the networks, and runs each student forward on one sample to see what its graph keeps.
     """
     training = plan.recipe.training
-    teacher = frozen(_new_teacher(plan))
+    outline = getattr(plan.backbone, "outline", None)
+    teacher = frozen(_new_teacher(plan) if outline is None else cast(nn.Module, outline()))
     lines = [to_toml(plan.table).rstrip(), "", f"# folder: {plan.out}"]
     frozen_count = sum(value.numel() for value in teacher.parameters())
     lines.append(f"# teacher: {frozen_count:,} frozen parameters, {_mib(_bytes(teacher.parameters()))}")
@@ -172,6 +186,8 @@ def check_engine(plan: Plan, engine: Engine) -> None:
     recipe = plan.recipe
     try:
         for section, training in (("teacher.training", recipe.teacher.training), ("training", recipe.training)):
+            if training is None:
+                continue
             where = section
             engine.rows(training.batch, training.accumulation)
             if training.optimiser.name == "adamw8bit":
@@ -250,8 +266,10 @@ def _new_teacher(plan: Plan) -> nn.Module:
 
 
 def _teacher(plan: Plan, network: nn.Module, engine: Engine, console: Console) -> nn.Module:
-    """The teacher's network, frozen: from the cache, or trained into it."""
+    """The teacher's network, frozen: as it comes, or from the cache, or trained into it."""
     section = plan.recipe.teacher
+    if section.training is None:
+        return frozen(network).to(engine.device)
     folder = plan.out.parent / "teachers" / plan.teacher_hash
     path = folder / "teacher.safetensors"
     waiting = partial(_tell, console, f"Waiting for another run, which trains the teacher in {folder}")
@@ -282,7 +300,7 @@ def build_student(plan: Plan, member: Member, teacher_network: nn.Module) -> Net
     """A student as it starts: a copy of the teacher, with a head."""
     head = member.section.head
     generator = keyed_generator(plan.recipe.run.seed, f"head {member.label}")
-    network = plan.backbone.student(teacher_network, head, generator)
+    network = plan.backbone.student(teacher_network, head, generator, plan.recipe.teacher.guidance.embedded)
     return NetworkStudent(network, head, member.section.schedule(member.nfe), plan.backbone.factorisation)
 
 
@@ -314,30 +332,42 @@ def _student(
 
 
 class Sheet:
-    """Pictures of a student in training: the teacher's samples above the student's, from fixed noise."""
+    """Pictures of a student in training: the teacher's samples above the student's, from fixed noise.
+
+    Drawn in as many at once as a forward pass of training takes.
+    """
 
     def __init__(self, plan: Plan, student: NetworkStudent, teacher: Teacher, engine: Engine) -> None:
         self.plan, self.student, self.teacher, self.engine = plan, student, teacher, engine
-        count = min(SHEET, len(plan.data))
-        keys = sample_generators(0, "sheet", 0, range(count))
-        noise = torch.stack([torch.randn(plan.data.shape, generator=key) for key in keys])
-        _, conditions = plan.data.batch(range(count))
-        self.noise, self.conditions = noise.to(engine.device), to_device(conditions, engine.device)
+        training = plan.recipe.training
+        count = min(training.sheet_images, len(plan.data))
+        at_once = max(1, training.batch // training.accumulation // engine.world)
+        self.chunks = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
         self.reference: Tensor | None = None
 
     def draw(self, network: Call, path: Path | None) -> None:
         """Draw the student with `network` in the place of its own; every process calls this, one draws."""
-        images = sample(replace(self.student, network=network), self.noise, conditions=self.conditions)
+        student = replace(self.student, network=network)
+        images = torch.cat([sample(student, noise, conditions=given) for noise, given in self._noises()])
+        if self.reference is None:
+            # On every process, too: a teacher that shares the student's network may be spread over all of them.
+            step = 1 / self.plan.recipe.teacher.reference_steps
+            ends = [integrate(Conditioned(self.teacher, c), x, 1.0, 0.0, step_size=step) for x, c in self._noises()]
+            self.reference = torch.cat(ends)
         if path is None:
             return
-        if self.reference is None:
-            field = Conditioned(self.teacher, self.conditions)
-            self.reference = integrate(
-                field, self.noise, 1.0, 0.0, step_size=1 / self.plan.recipe.teacher.reference_steps
-            )
         path.parent.mkdir(parents=True, exist_ok=True)
         title = f"student, {self.student.schedule.nfe} NFE"
         self.plan.data.draw_sheet(path, [("teacher", self.reference), (title, images)])
+
+
+    def _noises(self) -> Iterator[tuple[Tensor, Conditions]]:
+        """The noise and the conditions of each chunk."""
+        for rows in self.chunks:
+            keys = sample_generators(0, "sheet", 0, rows)
+            noise = torch.stack([torch.randn(self.plan.data.shape, generator=key) for key in keys])
+            _, conditions = self.plan.data.batch(rows)
+            yield noise.to(self.engine.device), to_device(conditions, self.engine.device)
 
 
 @contextmanager
@@ -389,6 +419,13 @@ def _compare(
         rows.append({"policy": member.name, "nfe": member.nfe, "steps": plan.recipe.training.steps, **metrics})
         samples.append((title, images))
     return {"teacher": teacher, "students": rows}, samples
+
+
+def _row(plan: Plan, member: Member) -> dict[str, Any]:
+    """What is known of a student that nothing compares with its teacher: its last logged loss."""
+    lines = (member.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    loss = json.loads(lines[-1])["loss"]
+    return {"policy": member.name, "nfe": member.nfe, "steps": plan.recipe.training.steps, "loss": loss}
 
 
 def _metrics(evaluation: Evaluation, title: str, samples: Tensor, reference: Tensor) -> dict[str, float]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pitools.training import checkpoint
 from pitools.training.clock import Clock
-from pitools.training.data import Data, data_indices, to_device
+from pitools.training.data import Data, Ordered, data_indices, to_device
 from pitools.training.ema import EMA
 from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError, DivergenceError, Stopped
@@ -44,8 +44,8 @@ class Training:
 
     steps: optimiser steps.  batch: samples a step, over all processes and accumulation steps.  accumulation: how
     many forward and backward passes a step is split into.  ema_gamma: Karras's γ.  ema_dtype: of the averages;
-    "own" is each parameter's.  checkpoint_every, log_every, sheet_every: in steps; no sheets with 0.  keep: how
-    many checkpoints stay.
+    "own" is each parameter's.  checkpoint_every, log_every, sheet_every: in steps; no sheets with 0, else one at the
+    end, too.  sheet_images: in a row of a sheet.  keep: how many checkpoints stay.
     """
 
     steps: int
@@ -57,10 +57,11 @@ class Training:
     keep: int = 2
     log_every: int = 10
     sheet_every: int = 0
+    sheet_images: int = 20
     optimiser: Optimiser = field(default_factory=Optimiser)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulation", "checkpoint_every", "keep", "log_every"):
+        for name in ("steps", "batch", "accumulation", "checkpoint_every", "keep", "log_every", "sheet_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch % self.accumulation:
@@ -158,7 +159,8 @@ def train(
             memory = peak_memory(engine.device)
             with _writing(folder / "log.jsonl", checkpoints):
                 log.record(StepRecord(done, sum(values), rate, norm, seconds, clock.network, clock.policy, memory))
-            if draw_sheet is not None and section.sheet_every and done % section.sheet_every == 0:
+            due = section.sheet_every and (done % section.sheet_every == 0 or done == section.steps)
+            if draw_sheet is not None and due:
                 sheet = folder / "samples" / f"step-{done:06d}.png"
                 where = f"{name}, sheet of step {done}"
                 with _answered(finite, where, checkpoints), _writing(sheet, checkpoints), ema.applied(plain):
@@ -181,11 +183,18 @@ def train(
 
 
 def _batch(data: Data, seed: int, name: str, step: int, size: int, rows: range, engine: Engine) -> Batch:
-    latents, conditions = data.batch(data_indices(seed, len(data), step, size, rows))
+    latents, conditions = data.batch(_indices(data, seed, step, size, rows))
     generators = sample_generators(seed, f"train {name}", step, rows)
     # Modules draw from torch's global state, as dropout does: it is keyed by the first row, for all of them.
     torch.manual_seed(keyed_generator(seed, f"modules {name}", step, sample=rows.start).initial_seed())
     return Batch(latents.to(engine.device), to_device(conditions, engine.device), generators)
+
+
+def _indices(data: Data, seed: int, step: int, size: int, rows: range) -> Sequence[int]:
+    """Which samples these rows are: the data's own choice, where a batch must be of one size."""
+    if isinstance(data, Ordered):
+        return data.indices(seed, step, size, rows)
+    return data_indices(seed, len(data), step, size, rows)
 
 
 def _flag(interrupt: Interrupt, device: torch.device) -> Tensor:

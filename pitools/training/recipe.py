@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -31,12 +31,15 @@ from pitools.types import Factorisation, Schedule
 class Backbone(Protocol):
     """A recipe's section `[backbone]`, found through the entry points `pitools.backbones`: name -> frozen dataclass.
 
-    One whose networks take a guidance scale as the condition "guidance" says so by an attribute `embeds_guidance`.
+    What else one may have: `pretrained`, whether its teacher comes with weights.  `embeds_guidance`, whether its
+    networks take a guidance scale as the condition "guidance".
+    `outline()`, the teacher without any weights in memory, for a dry run.  `tiny()`, the same section for networks
+    of next to no size, and `stub`, the table of a [data] section for those: what `--tiny` takes.
     """
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one latent."""
+    def shape(self) -> tuple[int | None, ...]:
+        """Of one latent; None where any size does."""
         ...
 
     @property
@@ -48,8 +51,13 @@ class Backbone(Protocol):
         """A `VelocityNetwork`, its weights drawn from `generator` where it has none to load."""
         ...
 
-    def student(self, teacher: nn.Module, head: Head, generator: torch.Generator) -> PolicyNetwork:
-        """A network for `head` that starts as the teacher; an `nn.Module`."""
+    def student(
+        self, teacher: nn.Module, head: Head, generator: torch.Generator, guidance: float | None = None
+    ) -> PolicyNetwork:
+        """A network for `head` that starts as the teacher; an `nn.Module`.
+
+        guidance: the embedded scale that the teacher is asked with, where the backbone embeds it.
+        """
         ...
 
 
@@ -68,13 +76,13 @@ class RunSection:
 class TeacherSection:
     """The recipe's section [teacher].
 
-    training: of its own weights, by flow matching.  label_dropout: how often its conditions are replaced by the
-    null ones there, which is what guidance needs.  shift: m of its training times.  reference_steps: Euler steps of
-    its own samples, with which students are compared.  seed: of its weights, order and draws; runs with other seeds
-    share it.
+    training: of its own weights, by flow matching; none for a backbone that comes with weights.  label_dropout: how
+    often its conditions are replaced by the null ones there, which is what guidance needs.  shift: m of its training
+    times.  reference_steps: Euler steps of its own samples, with which students are compared.  seed: of its weights,
+    order and draws; runs with other seeds share it.
     """
 
-    training: Training
+    training: Training | None = None
     seed: int = 0
     label_dropout: float = 0.1
     shift: float = 1.0
@@ -86,7 +94,7 @@ class TeacherSection:
             raise ValueError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
         if self.reference_steps < 1:
             raise ValueError(f"reference_steps must be at least 1, got {self.reference_steps}")
-        if self.guidance.scale != 1 and self.label_dropout == 0:
+        if self.training is not None and self.guidance.scale != 1 and self.label_dropout == 0:
             raise ValueError(f"guidance.scale {self.guidance.scale} needs label_dropout above 0, for the null class")
 
 
@@ -144,9 +152,9 @@ class Recipe:
 
     data: Mapping[str, object]
     backbone: Mapping[str, object]
-    teacher: TeacherSection
     students: Mapping[str, StudentSection]
     training: Training
+    teacher: TeacherSection = field(default_factory=TeacherSection)
     run: RunSection = field(default_factory=RunSection)
     engine: EngineSection = field(default_factory=EngineSection)
 
@@ -158,7 +166,7 @@ class Recipe:
                 raise ValueError(f"students are named with letters, digits, - and _, as their folders, got {name!r}")
 
 
-TOLD = ("checkpoint_every", "keep", "log_every", "sheet_every")
+TOLD = ("checkpoint_every", "keep", "log_every", "sheet_every", "sheet_images")
 """Keys of a training that say what it tells and keeps, and do not change its weights."""
 
 
@@ -166,7 +174,8 @@ TOLD = ("checkpoint_every", "keep", "log_every", "sheet_every")
 class Plan:
     """A recipe with its plug-ins, checked: everything that can be known before any training starts.
 
-    table: the recipe with every default filled in.  teacher_hash: of what the teacher's weights depend on.
+    table: the recipe with every default filled in.  teacher_hash: of what the teacher's weights depend on, where
+    they are trained.
     """
 
     recipe: Recipe
@@ -177,19 +186,26 @@ class Plan:
     teacher_hash: str
 
 
-def plan(table: Mapping[str, object], name: str) -> Plan:
+def plan(table: Mapping[str, object], name: str, tiny: bool = False) -> Plan:
     """The plan of a recipe's table; `name` is what the run's folder is called by default.
 
+    tiny: the same job with a network of next to no size, data to match, and a few steps: see `shrunk`.
     Raises `RecipeError`, of one line, for whatever in it cannot be.
     """
     recipe = parse(Recipe, table)
-    data = cast(Data, _plugin("data", recipe.data))
     backbone = cast(Backbone, _plugin("backbones", recipe.backbone, section="backbone"))
-    if tuple(data.shape) != tuple(backbone.shape):
+    if tiny:
+        recipe, backbone = shrunk(recipe, backbone)
+        name = f"{name}-tiny"
+    data = cast(Data, _plugin("data", recipe.data))
+    if len(data.shape) != len(backbone.shape) or any(
+        size not in (None, own) for size, own in zip(backbone.shape, data.shape, strict=True)
+    ):
+        made = tuple("any" if size is None else size for size in backbone.shape)
         raise RecipeError(
-            f"[backbone] is made for latents {tuple(backbone.shape)}, and [data] has {tuple(data.shape)}; "
-            "change the backbone's sizes"
+            f"[backbone] is made for latents {made}, and [data] has {tuple(data.shape)}; change the backbone's sizes"
         )
+    _check_teacher(recipe, backbone)
     # Where both have classes: a label that the backbone does not know would end the run in the middle of a step.
     classes, known = getattr(data, "classes", None), getattr(backbone, "classes", None)
     if classes is not None and known is not None and classes != known:
@@ -202,13 +218,57 @@ def plan(table: Mapping[str, object], name: str) -> Plan:
     resolved = as_table(recipe)
     resolved["data"] = {"name": recipe.data["name"], **as_table(data)}
     resolved["backbone"] = {"name": recipe.backbone["name"], **as_table(backbone)}
-    architecture = {key: value for key, value in resolved["backbone"].items() if key != "head"}
+    out = recipe.run.out or Path("runs") / name
+    if recipe.teacher.training is None:
+        return Plan(recipe, data, backbone, out, resolved, "")
+    architecture = {key: value for key, value in resolved["backbone"].items() if key not in ("head", "weights")}
     teacher = {key: resolved["teacher"][key] for key in ("seed", "label_dropout", "shift")}
     training = {key: value for key, value in resolved["teacher"]["training"].items() if key not in TOLD}
     source = {key: value for key, value in resolved["data"].items() if key != "samples"}
     precision = {"precision": recipe.engine.precision}
     teacher_hash = section_hash(source, architecture, teacher, training, precision)
-    return Plan(recipe, data, backbone, recipe.run.out or Path("runs") / name, resolved, teacher_hash)
+    return Plan(recipe, data, backbone, out, resolved, teacher_hash)
+
+
+def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:
+    """The same job at a size that shows nothing but that everything runs: what `--tiny` does to a recipe.
+
+    `RecipeError` for a backbone that has no tiny form.
+    """
+    name = recipe.backbone["name"]
+    if not (hasattr(backbone, "tiny") and hasattr(backbone, "stub")):
+        raise RecipeError(f'[backbone] name = "{name}" has no tiny form; leave --tiny out')
+    try:
+        small = cast(Backbone, backbone.tiny())
+    except ValueError as error:
+        raise RecipeError(f"--tiny: {error}") from None
+    training = replace(
+        recipe.training,
+        steps=min(recipe.training.steps, 4),
+        batch=4,
+        accumulation=min(recipe.training.accumulation, 2),
+        checkpoint_every=2,
+        log_every=1,
+        sheet_every=4,
+        sheet_images=2,
+    )
+    teacher = replace(recipe.teacher, reference_steps=min(recipe.teacher.reference_steps, 4))
+    table = {"name": name, **as_table(small)}
+    return replace(recipe, data=backbone.stub, backbone=table, training=training, teacher=teacher), small
+
+
+def _check_teacher(recipe: Recipe, backbone: Backbone) -> None:
+    pretrained, training = getattr(backbone, "pretrained", False), recipe.teacher.training
+    if not pretrained and training is None:
+        raise RecipeError(
+            f'[teacher] has no training, and the backbone "{recipe.backbone["name"]}" no weights; '
+            "add [teacher.training], or name weights under [backbone]"
+        )
+    if pretrained and training is not None:
+        raise RecipeError(
+            f'[teacher.training] and the weights of the backbone "{recipe.backbone["name"]}" exclude each other; '
+            "leave one of them out"
+        )
 
 
 def _plugin(group: str, table: Mapping[str, object], section: str | None = None) -> object:

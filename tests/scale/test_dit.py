@@ -15,7 +15,8 @@ from pitools.guidance import Teacher, frozen
 from pitools.policies import DXHead, GMHead, Head, NetworkStudent, Outputs, PolynomialHead, Segment
 from pitools.training import keyed_generator
 from pitools.types import Schedule
-from scale.dit import LOG_STD, DiT, DiTHead, DiTPolicy, DiTVelocity, Factor
+from scale.dit import DiT, DiTHead, DiTPolicy, DiTVelocity, Factor
+from scale.heads import LOG_STD
 
 SIZE, PATCH, CLASSES = 8, 2, 5
 HEADS: dict[str, Head] = {"gm": GMHead(3), "dx": DXHead(4), "polynomial": PolynomialHead(3)}
@@ -177,7 +178,7 @@ def test_channels_come_in_the_documented_order_whatever_the_weights(factor: Fact
     network.transformer.proj_out_2.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     outputs = network(latents(dit), T, LABELS)
     sizes, (tokens,) = head.sizes, seen
-    raw = tokens @ network.velocities.weight.T + network.velocities.bias
+    raw = tokens @ network.heads.velocities.weight.T + network.heads.velocities.bias
     count, side = sizes.velocities, SIZE // PATCH
 
     fields = torch.full((count, len(T), channels, SIZE, SIZE), math.nan, dtype=torch.float64)
@@ -189,10 +190,10 @@ def test_channels_come_in_the_documented_order_whatever_the_weights(factor: Fact
     expected = torch.stack([dit.factorisation.pack(one) for one in fields], 2)
     torch.testing.assert_close(outputs.velocities, expected, rtol=0, atol=1e-12)
 
-    if network.factors is None:
+    if network.heads.factors is None:
         assert sizes.factor == 0
         return
-    raw = tokens @ network.factors.weight.T + network.factors.bias
+    raw = tokens @ network.heads.factors.weight.T + network.heads.factors.bias
     if factor == "patch":
         torch.testing.assert_close(outputs.factor, raw, rtol=0, atol=1e-12)
         return
@@ -210,12 +211,12 @@ def test_the_log_std_reads_the_embedding_and_leaves_it_alone() -> None:
     embedding = network.transformer.transformer_blocks[0].norm1.emb(
         T * 1000, LABELS["class_labels"], hidden_dtype=T.dtype
     )
-    assert network.samples is not None
-    _, inner, _, outer = network.samples
+    assert network.heads.samples is not None
+    _, inner, _, outer = network.heads.samples
     hidden = embedding * embedding.sigmoid() @ inner.weight.T + inner.bias
     torch.testing.assert_close(outputs.sample, hidden * hidden.sigmoid() @ outer.weight.T + outer.bias)
     outputs.sample.sum().backward()
-    assert set(gradients(network)) == {f"samples.{i}.{kind}" for i in (1, 3) for kind in ("weight", "bias")}
+    assert set(gradients(network)) == {f"heads.samples.{i}.{kind}" for i in (1, 3) for kind in ("weight", "bias")}
 
 
 @factors
@@ -247,7 +248,7 @@ def test_weights_are_a_function_of_the_generator(factor: Factor) -> None:
     def weights(seed: int) -> list[Tensor]:
         teacher = dit.teacher(keyed_generator(seed, "teacher"))
         network = dit.student(teacher, head, keyed_generator(seed, "head"))
-        return [*teacher.parameters(), network.velocities.bias, network.samples[1].weight]  # type: ignore[index]
+        return [*teacher.parameters(), network.heads.velocities.bias, network.heads.samples[1].weight]  # type: ignore[index]
 
     first, again, other = weights(0), weights(0), weights(1)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -422,7 +423,7 @@ def test_the_state_is_the_transformers_and_the_heads(name: str, heads: str) -> N
     kinds = ("weight", "bias")
     expected = [f"transformer.{key}" for key in teacher.transformer.state_dict()]
     assert list(teacher.state_dict()) == expected
-    assert list(network.state_dict()) == expected + [f"{head}.{kind}" for head in heads.split() for kind in kinds]
+    assert list(network.state_dict()) == expected + [f"heads.{head}.{kind}" for head in heads.split() for kind in kinds]
     assert {key.split(".")[1] for key in expected} == {"pos_embed", "transformer_blocks", "proj_out_1", "proj_out_2"}
 
     other = dit.student(dit.teacher(keyed_generator(9, "teacher")).double(), HEADS[name], keyed_generator(9, "head"))
@@ -441,9 +442,7 @@ def test_shards_cover_the_blocks_inner_ones_first() -> None:
         "pos_embed",
         "proj_out_1",
         "proj_out_2",
-        "velocities",
-        "factors",
-        "samples",
+        "heads",
     }
     for i, outer in enumerate(shards):
         assert not any(later in set(outer.modules()) for later in shards[i + 1 :]), "an outer module comes first"
