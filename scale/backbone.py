@@ -6,21 +6,26 @@ random and of a size that shows nothing but that everything runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pitools.policies import Head
 from pitools.types import PIXELWISE, Factorisation
 from scale.adapted import AdaptedPolicy, Base, Form, Heads, LoRA
 from scale.flux import FluxForm
 from scale.flux2 import Flux2Form
+from scale.quantise import Quantisation, loading_options, quantise
 from scale.qwen import QwenForm
 
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+
+TEXT_TOKENS = 512
+"""How long a prompt is taken to be in estimates."""
 
 TINY_TEXT = 12
 """Width of a tiny model's text conditions; of FLUX.1's pooled ones, too."""
@@ -37,7 +42,7 @@ class TextToImage:
     weights: str
     revision: str | None = None
     dtype: Literal["bf16", "float32"] = "bf16"
-    quantise: Literal["none", "nf4", "int8", "fp8"] = "none"
+    quantise: Quantisation = "none"
     lora: LoRA = field(default_factory=LoRA)
     head: Heads = field(default_factory=Heads)
 
@@ -89,6 +94,35 @@ class TextToImage:
         """The frozen transformer; random weights are drawn from `generator`, which lives on the CPU."""
         return Base(self.transformer(generator).requires_grad_(False).eval(), self.form)
 
+    def outline(self) -> Base:
+        """The teacher without weights in memory. `ValueError` where not even its sizes can be had."""
+        from accelerate import init_empty_weights
+
+        cls = self._class()
+        sizes: Mapping[str, Any] = self.sizes if self.weights == "tiny" else self.full
+        if self.weights not in ("random", "tiny"):
+            try:
+                sizes = cls.load_config(self.weights, subfolder="transformer", revision=self.revision)
+            except OSError as error:
+                raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
+        with init_empty_weights():
+            transformer = cls.from_config(dict(sizes))
+        return Base(transformer.to(DTYPES[self.dtype]), self.form)
+
+    def example(self, teacher: nn.Module) -> dict[str, Tensor]:
+        """Conditions of one sample as long as text usually is, for an outline of the teacher."""
+        config = cast(Base, teacher).transformer.config
+        conditions = {"encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim)}
+        if "pooled_projections" in self.form.conditions:
+            conditions["pooled_projections"] = torch.zeros(1, config.pooled_projection_dim)
+        return conditions
+
+    def stored_bytes(self, name: str, value: Tensor) -> int:
+        """What a parameter of the frozen base takes, quantised as this section says."""
+        matrix = value.ndim == 2 and not name.startswith(("norm_out.", "proj_out."))
+        size = {"none": value.element_size(), "nf4": 4.13 / 8, "int8": 1.0, "fp8": 1.0}[self.quantise]
+        return math.ceil(value.numel() * (size if matrix else value.element_size()))
+
     def student(
         self, teacher: nn.Module, head: Head, generator: torch.Generator, guidance: float | None = None
     ) -> AdaptedPolicy:
@@ -101,25 +135,38 @@ class TextToImage:
 
     def transformer(self, generator: torch.Generator) -> Any:
         """The diffusers transformer. `ValueError` for weights that cannot be had, saying why."""
+        cls = self._class()
+        dtype = DTYPES[self.dtype]
+        if self.weights in ("random", "tiny"):
+            sizes = self.sizes if self.weights == "tiny" else self.full
+            with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
+                torch.set_rng_state(generator.get_state())
+                usual = torch.get_default_dtype()
+                torch.set_default_dtype(dtype)  # never all of it in float32
+                try:
+                    transformer = cls(**sizes)
+                finally:
+                    torch.set_default_dtype(usual)
+                generator.set_state(torch.get_rng_state())
+            return quantise(transformer, self.quantise)
+        options = loading_options(self.quantise, dtype)
+        try:
+            transformer = cls.from_pretrained(
+                self.weights, subfolder="transformer", revision=self.revision, torch_dtype=dtype, **options
+            )
+        except OSError as error:
+            raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
+        return quantise(transformer, self.quantise)
+
+    def _class(self) -> Any:
+        """Of the diffusers transformer."""
         try:
             import diffusers
         except ImportError as error:
             raise ImportError(
                 f'{self.class_name} needs diffusers ({error}): run `pip install "pitools[scale]"`'
             ) from error
-        cls: Any = getattr(diffusers, self.class_name)
-        dtype = DTYPES[self.dtype]
-        if self.weights in ("random", "tiny"):
-            sizes = self.sizes if self.weights == "tiny" else self.full
-            with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
-                torch.set_rng_state(generator.get_state())
-                transformer = cls(**sizes).to(dtype)
-                generator.set_state(torch.get_rng_state())
-            return transformer
-        try:
-            return cls.from_pretrained(self.weights, subfolder="transformer", revision=self.revision, torch_dtype=dtype)
-        except OSError as error:
-            raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
+        return getattr(diffusers, self.class_name)
 
 
 _TINY = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": TINY_TEXT}

@@ -27,8 +27,6 @@ LAYOUTS = {
     "pixel": Layout(base="p q c", velocities="p q v c", factor="p q e"),
     "patch": Layout(base="p q c", velocities="v c p q", factor="e", by_patch=True),
 }
-TIMESTEPS = 1000
-"""The scale on which the transformer's time embedding was made: it sees 1000 t."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,9 @@ class DiT:
     channels, size: of the square latents `[B, channels, size, size]`.  patch: p.  layers, heads, head_width: of the
     transformer, whose width is heads x head_width.  classes: of `class_labels`; one more label, `classes`, means
     "no class".  weights: hub id or folder of one that was trained by flow matching; "" for random ones, to be trained
-    from scratch; "random" and "tiny" for random ones that stand for trained.  head: of students.
+    from scratch; "random" and "tiny" for random ones that stand for trained.  timesteps: what t is multiplied by for
+    the time embedding, and frequency_shift: that of its frequencies, in which published weights differ.  head: of
+    students.
     """
 
     channels: int = 4
@@ -70,12 +70,16 @@ class DiT:
     head_width: int = 72
     classes: int = 1000
     weights: str = ""
+    timesteps: float = 1000.0
+    frequency_shift: float = 1.0
     head: DiTHead = field(default_factory=DiTHead)
 
     def __post_init__(self) -> None:
         for name in ("channels", "size", "patch", "layers", "heads", "head_width", "classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.timesteps > 0:
+            raise ValueError(f"timesteps must be a positive number, got {self.timesteps}")
         if self.size % self.patch:
             raise ValueError(f"size {self.size} is not a multiple of patch {self.patch}")
         if self.heads * self.head_width % 4:
@@ -112,8 +116,15 @@ class DiT:
         return replace(self, weights="tiny", size=8, layers=2, heads=2, head_width=16, classes=10, head=head)
 
     def outline(self) -> DiTVelocity:
-        """The teacher as the dry run needs it."""
-        return replace(self, weights="").teacher(torch.Generator())
+        """The teacher without weights in memory, of the sizes that this section says."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            return replace(self, weights="random").teacher(torch.Generator())
+
+    def example(self, teacher: nn.Module) -> dict[str, Tensor]:
+        """Conditions of one sample, for an outline of the teacher."""
+        return {"class_labels": torch.zeros(1, dtype=torch.long)}
 
     def teacher(self, generator: torch.Generator) -> DiTVelocity:
         """A DiT that answers with a velocity; random weights are drawn from `generator`, which lives on the CPU.
@@ -134,14 +145,19 @@ class DiT:
             except OSError as error:
                 raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
             self._check(transformer.config)
-            return DiTVelocity(transformer)
+            return self._wrapped(transformer)
         with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
             torch.set_rng_state(generator.get_state())
             transformer = model(**self._config, norm_num_groups=1)
             # One to be trained starts at zero velocity; one that stands for trained weights does not.
             _initialise_teacher(transformer, last_zero=not self.pretrained)
             generator.set_state(torch.get_rng_state())
-        return DiTVelocity(transformer)
+        return self._wrapped(transformer)
+
+    def _wrapped(self, transformer: Any) -> DiTVelocity:
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = self.frequency_shift
+        return DiTVelocity(transformer, self.timesteps)
 
     @property
     def _config(self) -> dict[str, Any]:
@@ -174,19 +190,24 @@ class DiT:
         if guidance is not None:
             raise ValueError(f"a DiT embeds no guidance, got {guidance}")
         return DiTPolicy(
-            copy.deepcopy(teacher.transformer).requires_grad_(True), head.sizes, self.head, generator=generator
+            copy.deepcopy(teacher.transformer).requires_grad_(True),
+            head.sizes,
+            self.head,
+            generator=generator,
+            timesteps=teacher.timesteps,
         )
 
 
 class _Wrapped(nn.Module):
     """A DiT without randomness of its own: labels are dropped by whoever trains it, for each sample once."""
 
-    def __init__(self, transformer: Any) -> None:
+    def __init__(self, transformer: Any, timesteps: float = 1000.0) -> None:
         super().__init__()
         for module in transformer.modules():
             if hasattr(module, "dropout_prob"):
                 module.dropout_prob = 0.0
         self.transformer: Any = transformer
+        self.timesteps = timesteps
 
     def _call(self, x: Tensor, t: Tensor, conditions: Conditions | None) -> Tensor:
         if conditions is None or "class_labels" not in conditions:
@@ -195,7 +216,7 @@ class _Wrapped(nn.Module):
         if x.shape[-1] != x.shape[-2] or x.shape[-1] % patch:
             raise ValueError(f"a DiT takes square latents of whole {patch} x {patch} patches, got {tuple(x.shape)}")
         labels = conditions["class_labels"]
-        return cast(Tensor, self.transformer(x, timestep=t * TIMESTEPS, class_labels=labels, return_dict=False)[0])
+        return cast(Tensor, self.transformer(x, timestep=t * self.timesteps, class_labels=labels, return_dict=False)[0])
 
     def checkpoint_gradients(self) -> None:
         """Recompute the blocks' activations in the backward pass instead of storing them."""
@@ -221,8 +242,15 @@ class DiTPolicy(_Wrapped):
     transformer: trained in place, but for its last projection.  generator: on the CPU.
     """
 
-    def __init__(self, transformer: Any, sizes: HeadSizes, head: DiTHead, generator: torch.Generator) -> None:
-        super().__init__(transformer)
+    def __init__(
+        self,
+        transformer: Any,
+        sizes: HeadSizes,
+        head: DiTHead,
+        generator: torch.Generator,
+        timesteps: float = 1000.0,
+    ) -> None:
+        super().__init__(transformer, timesteps)
         base: nn.Linear = transformer.proj_out_2
         base.requires_grad_(False)  # its output goes nowhere
         self.patch = transformer.config.patch_size
@@ -257,7 +285,7 @@ class DiTPolicy(_Wrapped):
         embed = self.transformer.transformer_blocks[0].norm1.emb
         with torch.no_grad():
             dtype = self.heads.velocities.weight.dtype
-            return cast(Tensor, embed(t * TIMESTEPS, conditions["class_labels"], hidden_dtype=dtype))
+            return cast(Tensor, embed(t * self.timesteps, conditions["class_labels"], hidden_dtype=dtype))
 
 
 @torch.no_grad()

@@ -44,9 +44,9 @@ class Flux2Form:
         )[0]
 
     def targets(self, transformer: Any) -> list[str]:
-        """The feed-forward layers, and the time embedder; in single blocks those that are fused with the attention."""
+        """The feed-forward layers, and the time embedder; in single blocks the one that leads out of both."""
         double = r"transformer_blocks\.\d+\.(ff|ff_context)\.linear_(in|out)"
-        single = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+        single = r"single_transformer_blocks\.\d+\.attn\.to_out"
         time = r"time_guidance_embed\.timestep_embedder\.linear_[12]"
         pattern = re.compile(f"{double}|{single}|{time}")
         return [name for name, _ in transformer.named_modules() if pattern.fullmatch(name)]

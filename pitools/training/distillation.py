@@ -14,7 +14,7 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +40,15 @@ from pitools.training.interrupt import stopping
 from pitools.training.jobs import Call, Distillation, FlowMatching
 from pitools.training.lock import locked
 from pitools.training.loop import train
+from pitools.training.memory import (
+    Memory,
+    StoredBytes,
+    evaluations,
+    network_bytes,
+    plain_bytes,
+    policy_bytes,
+    weight_bytes,
+)
 from pitools.training.random import keyed_generator, sample_generators
 from pitools.training.recipe import Plan, StudentSection, changed_keys
 from pitools.types import Conditions
@@ -131,50 +140,52 @@ def _finish(
 def describe(plan: Plan) -> str:
     """The whole recipe as TOML, and as comments what it will train and about how much memory that takes.
 
-    Builds the networks, and runs each student forward on one sample to see what its graph keeps.
+    Where the backbone can say its sizes without its weights, none are loaded.
     """
-    training = plan.recipe.training
     outline = getattr(plan.backbone, "outline", None)
-    teacher = frozen(_new_teacher(plan) if outline is None else cast(nn.Module, outline()))
+    try:
+        teacher = frozen(_new_teacher(plan) if outline is None else cast(nn.Module, outline()))
+    except ValueError as error:
+        raise RecipeError(f"[backbone] {error}") from error
+    stored = getattr(plan.backbone, "stored_bytes", plain_bytes)
     lines = [to_toml(plan.table).rstrip(), "", f"# folder: {plan.out}"]
     frozen_count = sum(value.numel() for value in teacher.parameters())
-    lines.append(f"# teacher: {frozen_count:,} frozen parameters, {_mib(_bytes(teacher.parameters()))}")
-    latents, conditions = plan.data.batch([0])
+    lines.append(f"# teacher: {frozen_count:,} frozen parameters, {_mib(weight_bytes([teacher], stored))}")
     for member in members(plan):
         student = build_student(plan, member, teacher)
         network = cast(nn.Module, student.network)
-        trained = [value for value in network.parameters() if value.requires_grad]
-        count, idle = sum(value.numel() for value in trained), sum(value.numel() for value in network.parameters())
-        state = 2 if training.optimiser.name == "adamw8bit" else 8
-        average = {"float32": 4, "bfloat16": 2, "own": 4}[training.ema_dtype]
-        fixed = _bytes(network.parameters()) + _bytes(trained) + (state + average) * count
-        graph = _graph_bytes(network, latents, conditions) * (training.batch // training.accumulation)
+        trained = sum(value.numel() for value in network.parameters() if value.requires_grad)
+        idle = sum(value.numel() for value in network.parameters()) - trained
+        memory = estimate(plan, member, student, teacher, stored)
         lines.append(
-            f"# {member.label}: {count:,} trained and {idle - count:,} frozen parameters; weights, gradients, "
-            f"optimiser and EMA {_mib(fixed)}; graph of the network {_mib(graph)} "
-            "(one process, float32, nothing recomputed)"
+            f"# {member.label}: {trained:,} trained and {idle:,} frozen parameters; on one process about "
+            f"{_mib(memory.total)}: all weights {_mib(memory.weights)}, gradients, optimiser and EMA "
+            f"{_mib(memory.training)}, graphs of the network {_mib(memory.network)} and of the policy "
+            f"{_mib(memory.policy)}"
         )
     return "\n".join(lines)
 
 
-def _graph_bytes(network: nn.Module, latents: Tensor, conditions: Conditions) -> int:
-    """What autograd keeps of one forward pass, besides the parameters."""
-    own = {value.untyped_storage().data_ptr() for value in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        outputs = network(latents, torch.ones(len(latents)), conditions)  # kept alive, so that no address is used twice
-        return sum(kept.values()) if outputs is not None else 0
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors)
+def estimate(
+    plan: Plan, member: Member, student: NetworkStudent, teacher: nn.Module, stored: StoredBytes = plain_bytes
+) -> Memory:
+    """What training `student` takes at the recipe's batch, on one process. Its network ends on the meta device."""
+    training, engine, network = plan.recipe.training, plan.recipe.engine, cast(nn.Module, student.network)
+    count = sum(value.numel() for value in network.parameters() if value.requires_grad)
+    each = sum(plain_bytes(name, value) for name, value in network.named_parameters() if value.requires_grad)
+    state = 2 if training.optimiser.name == "adamw8bit" else 8
+    average = {"float32": 4, "bfloat16": 2, "own": each // count}[training.ema_dtype]
+    weights = weight_bytes([teacher, network], stored)
+    example = getattr(plan.backbone, "example", None)
+    conditions = plan.data.batch([0])[1] if example is None else cast(Conditions, example(teacher))
+    latents = torch.zeros(1, *plan.data.shape)
+    if engine.precision == "bf16":
+        network.bfloat16()
+    graph, outputs = network_bytes(network, latents, conditions, engine.gradient_checkpointing)
+    objective, at_once = member.section.objective, training.batch // training.accumulation
+    asked = evaluations(objective.window, objective.step_size, objective.states)
+    policy = policy_bytes(student, outputs, latents, asked)
+    return Memory(weights, each + (state + average) * count, graph * at_once, policy * at_once)
 
 
 def _mib(size: int) -> str:
