@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pitools.draws import Randomness, normal
 from pitools.path import segments, shift_time
 from pitools.rollout import integrate
 from pitools.solvers import Solver
@@ -49,7 +50,7 @@ def sample(
     temperature: float | Literal["auto"] | None = None,
     method: str | Solver = "euler",
     step_size: float = 1 / 128,
-    generator: torch.Generator | None = None,
+    generator: Randomness = None,
     renoise: float = 0.0,
     callback: Callable[[Look], None] | None = None,
 ) -> Tensor:
@@ -58,7 +59,7 @@ def sample(
     noise: latents `[B, ...]` of the student's shape.  nfe, shift, final_step_scale, temperature: what is not
     given is taken from `student.schedule`; temperature "auto" is clamp(0.1*(nfe - 1), 0, 1) for policies that
     have one.  method, step_size: as in `integrate`.  generator: of the noise that `renoise` > 0 (the strength
-    h) draws.  callback: told each network evaluation, before its segment is integrated.
+    h) draws, one, or one for each sample.  callback: told each network evaluation, before its segment is integrated.
     Raises `ValueError` for an nfe below 1, a shift, scale or temperature that is not positive, a negative
     strength, and a temperature other than 1 asked of a policy that has none.
     """
@@ -85,7 +86,7 @@ def sample(
             callback(Look(x, t_src, t_dst, policy))
         x = unpack(integrate(policy, pack(x), t_src, t_dst, method, step_size, schedule.shift), x.shape)
         if kept < 1:
-            fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            fresh = normal(x.shape, generator, like=x)
             x = scale * x + t_next * math.sqrt(1 - kept**2) * fresh
     return x
 

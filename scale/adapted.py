@@ -115,14 +115,20 @@ class Base(nn.Module):
         """The velocity at latents of that shape, t `[B]`."""
         if self._shared:
             return cast(Tensor, self._shared[0](x_t, t, conditions, as_teacher=True))
-        return _velocity(self.transformer, self.form, x_t, t, conditions)
+        with lora_off(self.transformer):
+            return _velocity(self.transformer, self.form, x_t, t, conditions)
+
+    def checkpoint_gradients(self) -> None:
+        """Recompute the blocks' activations in the backward pass instead of storing them."""
+        self.transformer.enable_gradient_checkpointing()
 
 
 class AdaptedPolicy(nn.Module):
     """A student on the transformer of `base`: LoRA in it, and a last norm and heads of its own beside it.
 
-    A student that had the transformer before loses it.  targets: where LoRA goes; None for all the form's own.
-    dtype: of LoRA, norm and heads.  generator: on the CPU.  guidance: the embedded scale that it is trained for.
+    A student that had the transformer before loses it.  targets: where LoRA goes, nowhere if empty; None for all the
+    form's own.  dtype: of LoRA, norm and heads.  generator: on the CPU.  guidance: the embedded scale that it is
+    trained for.
     """
 
     def __init__(
@@ -156,8 +162,10 @@ class AdaptedPolicy(nn.Module):
             log_std_width=heads.log_std_width,
             generator=generator,
         )
-        add_lora(transformer, lora, targets or self.form.targets(transformer), generator, dtype)
-        self._tap = tap_of(transformer.norm_out)
+        targets = self.form.targets(transformer) if targets is None else targets
+        self.has_lora = bool(targets)
+        add_lora(transformer, lora, targets, generator, dtype)
+        self._tap = new_tap(transformer.norm_out)
         base._shared[:] = [self]
 
     def forward(
@@ -166,9 +174,13 @@ class AdaptedPolicy(nn.Module):
         """The heads' outputs at latents `[B, C, H, W]`, t_src `[B]`; as the teacher, the base's velocity."""
         if as_teacher:
             with lora_off(self.transformer):
-                return _velocity(self.transformer, self.form, x_src, t_src, conditions)
+                velocity = _velocity(self.transformer, self.form, x_src, t_src, conditions)
+            self._tap.seen = None  # nobody asks for it, and it is large
+            return velocity
         if self.guidance is not None:
             conditions = {"guidance": torch.full_like(t_src, self.guidance), **(conditions or {})}
+        lora_on(self.transformer)
+        self._tap.seen = None
         _velocity(self.transformer, self.form, x_src, t_src, conditions)
         hidden, embedding = self._tap.take()
         dtype = self.heads.velocities.weight.dtype
@@ -196,16 +208,17 @@ class Tap:
 
     def take(self) -> tuple[Tensor, Tensor]:
         """What entered, handed out once."""
-        assert self.seen is not None
+        if self.seen is None:
+            raise RuntimeError("this student's transformer was given to a later student; use that one, or build anew")
         seen, self.seen = self.seen, None
         return seen
 
 
-def tap_of(module: nn.Module) -> Tap:
-    """The module's tap, made where it has none: students that follow one another share it."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, Tap):
-            return hook
+def new_tap(module: nn.Module) -> Tap:
+    """A tap on the module, in the place of an earlier student's."""
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Tap)]:
+        del hooks[key]
     tap = Tap()
     module.register_forward_pre_hook(tap, with_kwargs=True)
     return tap
@@ -222,7 +235,7 @@ def _velocity(transformer: Any, form: Form, x: Tensor, t: Tensor, conditions: Co
             f"latents must have {transformer.config.in_channels // PATCH**2} channels, got {tuple(x.shape)}"
         )
     rows, columns = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-    dtype = transformer.dtype
+    dtype = transformer.proj_out.weight.dtype  # the transformer's own attribute may tell that of LoRA
     given = {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in conditions.items()
@@ -240,7 +253,10 @@ def add_lora(
     unknown = sorted(set(targets) - {name for name, _ in transformer.named_modules()})
     if unknown:
         raise ValueError(f"{type(transformer).__name__} has no module {unknown[0]!r} for LoRA")
+    others = sorted({name for layer in _lora_layers(transformer) for name in layer.active_adapters} - {ADAPTER})
     remove_lora(transformer)
+    if not targets:
+        return
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank,
@@ -248,18 +264,17 @@ def add_lora(
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )
-    others = _active(transformer)
     with torch.random.fork_rng(devices=[]):  # peft draws from the global state
-        torch.set_rng_state(generator.get_state())
         transformer.add_adapter(config, ADAPTER)
-        generator.set_state(torch.get_rng_state())
     if others:
         transformer.set_adapter([*others, ADAPTER])
     for name, parameter in transformer.named_parameters():
-        if f".{ADAPTER}." in name:
-            parameter.data = parameter.data.to(dtype)
-        else:
+        if f".{ADAPTER}." not in name:
             parameter.requires_grad_(False)
+            continue
+        parameter.data = parameter.data.to(dtype)
+        if ".lora_A." in name:  # peft's own draw was rounded to the base's dtype
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / lora.rank)
 
 
 def remove_lora(transformer: Any) -> None:
@@ -268,29 +283,47 @@ def remove_lora(transformer: Any) -> None:
         transformer.delete_adapters(ADAPTER)
 
 
+def lora_on(transformer: Any) -> None:
+    """Make the student's LoRA one of those in use, if adding or choosing others has put it out.
+
+    It stays so, as backward passes that recompute activations look at what is in use then.
+    """
+    for layer in _lora_layers(transformer):
+        if ADAPTER in getattr(layer, "lora_A", ()) and ADAPTER not in layer.active_adapters:
+            layer._active_adapter = [*layer.active_adapters, ADAPTER]
+
+
 @contextmanager
 def lora_off(transformer: Any) -> Iterator[None]:
-    """Within it, the transformer is its base alone.
+    """Within it, the transformer is what it is without the student's LoRA; style LoRAs stay.
 
-    Only the layers' switch is turned: peft's own way also changes what requires a gradient, which wrappers and
-    optimisers rely on.
+    Only the layers' lists of what is in use are changed: peft's own way also changes what requires a gradient, which
+    wrappers and optimisers rely on.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._disable_adapters for layer in layers]
+    layers = _lora_layers(transformer)
+    before = [layer._active_adapter for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True
+            layer._active_adapter = [name for name in layer.active_adapters if name != ADAPTER]
         yield
     finally:
         for layer, value in zip(layers, before, strict=True):
-            layer._disable_adapters = value
+            layer._active_adapter = value
 
 
-def _active(transformer: Any) -> list[str]:
-    """The adapters in use, if any."""
-    return list(transformer.active_adapters()) if getattr(transformer, "_hf_peft_config_loaded", False) else []
+def _lora_layers(transformer: Any) -> list[Any]:
+    """The layers that have LoRA. `ValueError` for one that is fused: peft lets no other act beside it."""
+    if not getattr(transformer, "peft_config", None):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    fused = sorted({name for layer in layers for name in layer.merged_adapters})
+    if fused:
+        raise ValueError(
+            f"LoRA {', '.join(fused)} is fused: unfuse it, or unload it once fused and build the student anew"
+        )
+    return layers
 
 
 def _floating(norm: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -36,11 +36,11 @@ class Run:
 
 
 class Commands:
-    """Runs `pitools` in children of one process that has everything loaded."""
+    """Runs `pitools` in children of one process that has everything loaded, and further `modules`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -113,7 +113,7 @@ def full_disk() -> None:
 
 
 def _serve() -> None:
-    for module in HEAVY:
+    for module in (*HEAVY, *sys.argv[1:]):
         importlib.import_module(module)
     # What the first teacher would import, and the first evaluation train: once for all.
     importlib.import_module("scale.dit").DiT(1, 4, 2, 1, 1, 4, 1).teacher(importlib.import_module("torch").Generator())

@@ -33,7 +33,7 @@ from pitools.rollout import integrate
 from pitools.sampling import sample
 from pitools.training.checkpoint import check_keys, placed, read_tensors, write_json, write_tensors
 from pitools.training.config import RecipeError, to_toml
-from pitools.training.data import Evaluation, OnChunk, to_device
+from pitools.training.data import Evaluation, OnChunk, Ordered, to_device
 from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError, DivergenceError
 from pitools.training.interrupt import stopping
@@ -98,6 +98,7 @@ def distill(plan: Plan, console: Console) -> None:
         ) from error
     check_engine(plan, engine)
     engine.on_main(lambda: check_folder(plan))
+    check_data(plan)
     untrained = _new_teacher(plan)  # before anything is written: sizes that no network can have are told here
     engine.check(untrained)
     engine.on_main(lambda: claim(plan))
@@ -211,6 +212,27 @@ def check_engine(plan: Plan, engine: Engine) -> None:
         ) from None
     if engine.sharded and recipe.engine.compile:
         raise RecipeError('[engine] compile = true and parallel = "fsdp2" are not supported together; choose one')
+
+
+def check_data(plan: Plan) -> None:
+    """`RecipeError` for data that the objectives or the backbone cannot be trained on."""
+    recipe, data = plan.recipe, plan.data
+    backbone = recipe.backbone["name"]
+    if (made_for := getattr(data, "backbone", None)) not in (None, backbone):
+        raise RecipeError(f'[data] was encoded for the backbone "{made_for}", and [backbone] is "{backbone}"')
+    bound = [name for name, section in recipe.students.items() if not section.objective.data_free]
+    if bound and not getattr(data, "has_latents", True):
+        raise RecipeError(
+            f"[data] has prompts alone, and [students.{bound[0]}.objective] starts from images; set its data_free to "
+            "true, or encode images, too"
+        )
+    if isinstance(data, Ordered):
+        for training in (recipe.training, recipe.teacher.training):
+            if training is not None:
+                try:
+                    data.indices(0, 0, training.batch, [0])
+                except ValueError as error:
+                    raise RecipeError(f"[data] and [training]: {error}") from error
 
 
 def check_folder(plan: Plan) -> None:
@@ -352,6 +374,8 @@ class Sheet:
         self.plan, self.student, self.teacher, self.engine = plan, student, teacher, engine
         training = plan.recipe.training
         count = min(training.sheet_images, len(plan.data))
+        if isinstance(plan.data, Ordered):
+            count = min(count, training.batch)  # one batch is of one size
         at_once = max(1, training.batch // training.accumulation // engine.world)
         self.chunks = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
         self.reference: Tensor | None = None
@@ -371,13 +395,13 @@ class Sheet:
         title = f"student, {self.student.schedule.nfe} NFE"
         self.plan.data.draw_sheet(path, [("teacher", self.reference), (title, images)])
 
-
     def _noises(self) -> Iterator[tuple[Tensor, Conditions]]:
         """The noise and the conditions of each chunk."""
+        data, batch = self.plan.data, self.plan.recipe.training.batch
         for rows in self.chunks:
             keys = sample_generators(0, "sheet", 0, rows)
-            noise = torch.stack([torch.randn(self.plan.data.shape, generator=key) for key in keys])
-            _, conditions = self.plan.data.batch(rows)
+            latents, conditions = data.batch(data.indices(0, 0, batch, rows) if isinstance(data, Ordered) else rows)
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=key) for key in keys])
             yield noise.to(self.engine.device), to_device(conditions, self.engine.device)
 
 

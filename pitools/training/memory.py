@@ -68,7 +68,8 @@ def network_bytes(network: nn.Module, latents: Tensor, conditions: Conditions, r
     network.to(meta)
     own = {value.untyped_storage()._cdata for value in network.parameters()}
     blocks = cast(Any, network).shards() if recomputed and hasattr(network, "shards") else []
-    inside, kept = _Inside(blocks), {}
+    inside = _Inside(blocks)
+    kept: dict[int, tuple[int | None, int, Tensor]] = {}
 
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()

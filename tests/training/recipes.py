@@ -26,7 +26,13 @@ TINY: dict[str, Any] = {
         "training": {"steps": 6, "batch": 8, "log_every": 1, "optimiser": {"learning_rate": 1e-3, "warmup_steps": 2}},
     },
     "students": {"gm": {"components": 4, "nfe": [2], "objective": {"step_size": 0.125}}},
-    "training": {"steps": 6, "batch": 8, "log_every": 1, "optimiser": {"learning_rate": 1e-3, "warmup_steps": 2}},
+    "training": {
+        "steps": 6,
+        "batch": 8,
+        "log_every": 1,
+        "sheet_images": 2,
+        "optimiser": {"learning_rate": 1e-3, "warmup_steps": 2},
+    },
     "engine": {"device": "cpu", "tensorboard": False},
 }
 """A DiT of 2 layers and width 32 on 8 x 8 digits, one GM student of 2 NFE, 6 steps of 8 samples each."""

@@ -1,0 +1,219 @@
+"""The commands of the text-to-image backbones: `pitools cache`, `pitools export` and `pitools sample`.
+
+Loaded with every `pitools`: what is heavy is imported within a command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import typer
+
+Device = Annotated[str, typer.Option(help='Where to compute: "auto", "cpu" or "cuda".')]
+
+
+class Dtype(StrEnum):
+    """Of what is written or computed in."""
+
+    float32 = "float32"
+    bf16 = "bf16"
+
+
+class Quantisation(StrEnum):
+    """Of a base's linear layers."""
+
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+def cache(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe whose [backbone] and [data] say what to encode, and into which folder.")
+    ],
+    prompts: Annotated[
+        str,
+        typer.Option(help="A text file with a prompt in each line, JSON lines, parquet, or a Hugging Face dataset."),
+    ],
+    images: Annotated[bool, typer.Option("--images", help="Also encode the images that the list names.")] = False,
+    column: Annotated[str, typer.Option(help="The prompts' column or key.")] = "prompt",
+    image_column: Annotated[str, typer.Option(help="The images' column or key.")] = "image",
+    null_prompt: Annotated[str, typer.Option(help="What stands for no prompt in a teacher's guidance.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts encoded at once.")] = 8,
+    assign: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a key of the recipe.", metavar="KEY=VALUE")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Encode prompts, and images for data-dependent distillation, once for all runs.
+
+    Interrupted, the same command goes on where it was. Data-free recipes need no images.
+
+    Examples:
+
+        pitools cache scale/qwen-datafree.toml --prompts prompts.txt
+
+        pitools cache scale/qwen.toml --prompts captions.jsonl --images
+
+        pitools cache scale/flux-gm-4nfe.toml --prompts captions.parquet --column caption --images
+    """
+    with _told():
+        from rich.console import Console
+
+        from pitools.training.config import find_recipe, override, read_recipe
+        from pitools.training.recipe import plan
+        from scale.backbone import DTYPES, TextToImage
+        from scale.data import CachedPrompts
+        from scale.encoders import build_cache
+
+        planned = plan(override(read_recipe(find_recipe(recipe, ["toys", "scale"])), assign or []), Path(recipe).stem)
+        backbone, data = planned.backbone, planned.data
+        if not isinstance(backbone, TextToImage) or not isinstance(data, CachedPrompts):
+            raise ValueError(f'{recipe} must have a text-to-image [backbone], and [data] with name = "cache"')
+        console = Console()
+        built = build_cache(
+            backbone.weights,
+            backbone.kind,
+            prompts,
+            data.folder,
+            images=images,
+            height=data.height,
+            width=data.width,
+            batch_size=batch,
+            device=_device(device),
+            dtype=DTYPES[backbone.dtype],
+            null_prompt=null_prompt,
+            column=column,
+            image_column=image_column,
+            revision=backbone.revision,
+            console=console,
+        )
+        console.print(f"Wrote {len(built):,} prompts to {data.folder}/", markup=False, highlight=False)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or that of one of its students.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write; by default RUN/export.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge LoRA into the base, and write that, too.")] = False,
+    last: Annotated[
+        bool, typer.Option("--last", help="The newest checkpoint's own weights, not the averaged ones.")
+    ] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights that are written.")] = Dtype.bf16,
+) -> None:
+    """Write a trained student as an adapter in the published format.
+
+    Examples:
+
+        pitools export runs/qwen
+
+        pitools export runs/qwen/gm-4nfe --out my-adapter --dtype float32
+
+        pitools export runs/qwen --merge --out my-model
+    """
+    with _told():
+        from rich.console import Console
+
+        from scale.backbone import DTYPES
+        from scale.export import export as write
+
+        folder = run / "export" if out is None else out
+        write(run, folder, average=not last, merge=merge, dtype=DTYPES[dtype.value])
+        Console().print(f"Wrote {folder}/", markup=False, highlight=False)
+
+
+def sample(
+    target: Annotated[str, typer.Argument(help="A run, an adapter's folder or file, or its hub id.")],
+    prompt: Annotated[list[str], typer.Option(help="May be repeated.")],
+    nfe: Annotated[int | None, typer.Option(min=1, help="Network evaluations; by default the trained ones.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Of the adapter.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the base's pipeline; by default the one that is known.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the first image; each has its own.")] = 0,
+    renoise: Annotated[float, typer.Option(min=0, help="Strength of fresh noise between steps; 0 is the ODE.")] = 0.0,
+    guidance: Annotated[float | None, typer.Option(help="Embedded scale; by default the trained one.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Allow guidance and steps that it was not trained for.")
+    ] = False,
+    quantise: Annotated[Quantisation, typer.Option(help="The base's linear layers.")] = Quantisation.none,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the base; by default bf16, or the run's.")] = None,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
+) -> None:
+    """Sample images with a distilled student.
+
+    Examples:
+
+        pitools sample runs/qwen --prompt "a red fox in the snow" --nfe 4
+
+        pitools sample Lakonik/pi-Qwen-Image --subfolder gmqwen_k8_piid_4step --prompt "a red fox" --prompt "an owl"
+
+        pitools sample my-adapter --prompt "a red fox" --width 1536 --height 1024 --per-prompt 4 --quantise nf4
+    """
+    with _told():
+        from rich.console import Console
+
+        from scale.pipelines import sample_images
+        from scale.sampling import pipeline_with
+
+        console = Console()
+        pipe = pipeline_with(
+            target,
+            subfolder=subfolder,
+            base=base,
+            quantise=None if quantise is Quantisation.none else cast(Literal["nf4", "int8", "fp8"], quantise.value),
+            dtype=None if dtype is None else dtype.value,
+            device=_device(device),
+            console=console,
+        )
+        sample_images(
+            pipe,
+            prompt,
+            nfe=nfe,
+            seed=seed,
+            height=height,
+            width=width,
+            per_prompt=per_prompt,
+            renoise=renoise,
+            guidance=guidance,
+            force=force,
+            out=out,
+            console=console,
+        )
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Within it, what a user can mend is told in one line: exit code 2 for a bad request, 1 for what went wrong."""
+    import logging
+
+    # On import it warns of a kernel that nothing but 4-bit inference on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        from pitools.training.errors import CheckpointError
+
+        yield
+    except ValueError as error:  # a RecipeError, too
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except (CheckpointError, ImportError, OSError) as error:
+        typer.secho(f"Error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f'device must be "auto", "cpu" or "cuda", got {name!r}')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device is "cuda", and torch sees no GPU; use "auto" or "cpu"')
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -1,0 +1,86 @@
+"""From what `pitools sample` is given to a pipeline with a student: a run, or an adapter and the base it belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from rich.console import Console
+
+from pitools.training.distillation import build_student
+from pitools.training.random import keyed_generator
+from scale.adapted import Base
+from scale.backbone import TextToImage
+from scale.export import AVERAGES, found_student, student_weights
+from scale.pipelines import PIPELINES, PiPipeline, pipeline_for
+from scale.published import base_class, load_weights
+
+Quantisation = Literal["none", "nf4", "int8", "fp8"]
+
+
+def pipeline_with(
+    target: str | Path,
+    *,
+    subfolder: str | None = None,
+    base: str | None = None,
+    quantise: Quantisation | None = None,
+    dtype: Literal["bf16", "float32"] | None = None,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
+) -> PiPipeline:
+    """The pipeline of the base, with the student of a run (its averaged weights) or of an adapter.
+
+    target: a run's folder or a student's in it; else an adapter's folder, file or hub id, with `subfolder`.
+    base: hub id or folder of the base's pipeline, or "tiny"; None for the run's own, or the adapter's usual one.
+    quantise, dtype: of the base; None for the run's own, or none and bf16.
+    Raises what `found_student`, `pipeline_for` and `load_adapter` raise.
+    """
+    path = Path(target)
+    if (path / "recipe.toml").is_file() or (path / AVERAGES).is_file():
+        return _of_run(path, base, quantise, dtype, device, console)
+    kind = _kind(base_class(target, subfolder))
+    tiny = base == "tiny"
+    seeded = keyed_generator(0, "teacher weights")  # as `--tiny` draws them
+    own = dtype or ("float32" if tiny else "bf16")
+    pipe = pipeline_for(kind, base, own, device, quantise or "none", seeded)
+    if tiny and console is not None:
+        _tell_tiny(console)
+    pipe.load_pi_adapter(target, subfolder)
+    return pipe
+
+
+def _of_run(
+    path: Path,
+    base: str | None,
+    quantise: Quantisation | None,
+    dtype: Literal["bf16", "float32"] | None,
+    device: torch.device | str,
+    console: Console | None,
+) -> PiPipeline:
+    planned, member = found_student(path)
+    backbone = planned.backbone
+    if not isinstance(backbone, TextToImage):
+        raise ValueError(f"{path} is a run of a {type(backbone).__name__}, which takes no prompts")
+    weights = student_weights(member)
+    seeded = keyed_generator(planned.recipe.teacher.seed, "teacher weights")
+    pipe = pipeline_for(
+        backbone.kind, base or backbone.weights, dtype or backbone.dtype, device, quantise or backbone.quantise, seeded
+    )
+    if backbone.weights == "tiny" and console is not None:
+        _tell_tiny(console)
+    student = build_student(planned, member, Base(cast(Any, pipe).transformer, backbone.form))
+    load_weights(student, weights)
+    pipe.student = student
+    return pipe
+
+
+def _tell_tiny(console: Console) -> None:
+    console.print("A tiny random network between stubs of a text encoder and a VAE: the images show nothing.")
+
+
+def _kind(name: str) -> str:
+    for kind, (section, _) in PIPELINES.items():
+        if section.class_name == name:
+            return kind
+    raise ValueError(f"an adapter of a {name} has no pipeline here; those known are {', '.join(PIPELINES)}")

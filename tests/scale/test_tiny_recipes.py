@@ -1,0 +1,77 @@
+"""Every shipped recipe with `--tiny`, from training to an image: what its full size does, on networks of no size."""
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from forked import Commands, Run
+from PIL import Image
+from safetensors.torch import load_file
+
+import scale
+
+RECIPES = sorted(path for path in Path(scale.__file__).parent.glob("*.toml"))
+DIE_AT_STEP_3 = "import pitools.training.ema as ema; at(ema.EMA, 'update', 3, die)"
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with Commands("scale.pipelines", "scale.published", "scale.stubs", "peft", "bitsandbytes") as started:
+        yield started
+
+
+def done(run: Run) -> Run:
+    assert run.code == 0, run
+    return run
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Commands, tmp_path: Path) -> None:
+    recipe = f"scale/{path.name}"
+    distill = ["distill", recipe, "--tiny", "--set", "engine.device=cpu", "--set", "engine.tensorboard=false"]
+    killed = commands([*distill, "--set", "run.out=run"], tmp_path, before=DIE_AT_STEP_3)
+    assert killed.code == -9, killed
+    resumed = done(commands([*distill, "--set", "run.out=run"], tmp_path))
+    assert "nothing here is a result" in resumed.out
+    assert "Going on from" in resumed.out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    (row,) = metrics["students"]
+    assert row["steps"] == 4
+    assert row["loss"] > 0
+    (student,) = (tmp_path / "run").glob("*nfe")
+    sheet = student / "samples" / "step-000004.png"
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+    whole = done(commands([*distill, "--set", "run.out=whole"], tmp_path))
+    assert "Going on from" not in whole.out
+    weights = [load_file(tmp_path / name / student.name / "student.safetensors") for name in ("run", "whole")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+    told = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
+    if told["backbone"]["name"] == "dit":
+        refused = commands(["export", "run"], tmp_path)
+        assert refused.code == 2
+        assert "is trained whole" in refused.err
+        return
+    done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
+    prompt = ["--prompt", "a red fox", "--prompt", "an owl at night", "--height", "64", "--width", "96"]
+    sample = [*prompt, "--device", "cpu"]
+    of_adapter = done(commands(["sample", "adapter", "--base", "tiny", *sample, "--out", "a"], tmp_path))
+    of_run = done(commands(["sample", "run", *sample, "--out", "b"], tmp_path))
+    assert "show nothing" in of_adapter.out
+    assert "show nothing" in of_run.out
+    for name in ("0000.png", "0001.png"):
+        images = [Image.open(tmp_path / folder / name) for folder in ("a", "b")]
+        assert images[0].size == (96, 64)
+        assert images[0].tobytes() == images[1].tobytes()  # what was exported is what was trained
+
+
+def test_tiny_is_refused_where_there_is_nothing_to_stand_for(commands: Commands, tmp_path: Path) -> None:
+    refused = commands(["distill", "toys/digits.toml", "--tiny"], tmp_path)
+    assert refused.code == 2
+    assert refused.err.startswith("Error: --tiny: a DiT without weights has no tiny form")
+    assert list(tmp_path.iterdir()) == []
