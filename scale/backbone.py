@@ -85,7 +85,6 @@ class TextToImage:
             self,
             weights="tiny",
             dtype="float32",
-            quantise="none",
             lora=replace(self.lora, rank=min(self.lora.rank, 4)),
             head=replace(self.head, log_std_width=min(self.head.log_std_width, 16)),
         )

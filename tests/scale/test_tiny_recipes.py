@@ -60,7 +60,8 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
     done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
     prompt = ["--prompt", "a red fox", "--prompt", "an owl at night", "--height", "64", "--width", "96"]
     sample = [*prompt, "--device", "cpu"]
-    of_adapter = done(commands(["sample", "adapter", "--base", "tiny", *sample, "--out", "a"], tmp_path))
+    base = ["--base", "tiny", "--quantise", told["backbone"]["quantise"]]
+    of_adapter = done(commands(["sample", "adapter", *base, *sample, "--out", "a"], tmp_path))
     of_run = done(commands(["sample", "run", *sample, "--out", "b"], tmp_path))
     assert "show nothing" in of_adapter.out
     assert "show nothing" in of_run.out
