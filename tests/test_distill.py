@@ -360,7 +360,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "[teacher.training] batch 8 does not divide into 3 accumulation steps",
     ),
     "an unknown backbone": ({"backbone": {"name": "unet"}}, [], "[backbone] needs name"),
-    "unknown data": ({"data": {"name": "cats"}}, [], "(digits), got 'cats'"),
+    "unknown data": ({"data": {"name": "cats"}}, [], "(cache, digits, stub-prompts), got 'cats'"),
     "a backbone of another size": ({"backbone.size": 16}, [], "made for latents (1, 16, 16), and [data] has (1, 8, 8)"),
     "a backbone of other classes": ({"backbone.classes": 5}, [], "made for 5 classes, and [data] has 10"),
     "a patch that does not fit": ({"backbone.patch": 3}, [], "size 8 is not a multiple of patch 3"),
@@ -498,8 +498,8 @@ def test_a_run_that_diverges_names_the_step_the_segment_and_the_last_checkpoint(
 ) -> None:
     shutil.copytree(trained[0].path / "runs" / "teachers", folder.path / "runs" / "teachers")
     table = tiny(**{"training.checkpoint_every": 2})
-    # One call for the sheet's conditions, or two queries a step: the fifth step is the first without good numbers.
-    calls = 5 if "digits" in poison else 8
+    # One batch a step, or two queries: the fifth step is the first without good numbers.
+    calls = 4 if "digits" in poison else 8
     run = folder.run(table, before=f"{LIGHT}CALLS = {calls}\n{poison}")
     assert run.code == 1, run
     (line,) = [line for line in run.err.splitlines() if line.startswith("Error: ")]
