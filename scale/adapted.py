@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pitools.policies import HeadSizes, Outputs
 from pitools.types import Conditions
 from scale.heads import Layout, PolicyHeads
+from scale.loading import Files, fill, share
 
 ADAPTER = "pi_flow"
 """What LoRA is called among a transformer's adapters, beside whatever style LoRAs it has."""
@@ -100,15 +101,18 @@ class Base(nn.Module):
 
     Once a student shares the transformer, this asks through the student's module, so that whatever wraps that one
     (FSDP2 does) is in the way of both.
+
+    unread: where the weights lie that are on the meta device until a student's `materialise`; see `scale.loading`.
     """
 
-    def __init__(self, transformer: Any, form: Form) -> None:
+    def __init__(self, transformer: Any, form: Form, unread: Files | None = None) -> None:
         super().__init__()
         for module in transformer.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         self.transformer: Any = transformer
         self.form = form
+        self.unread = unread
         self._shared: list[nn.Module] = []  # not a submodule: it has the transformer, too
 
     def forward(self, x_t: Tensor, t: Tensor, conditions: Conditions | None = None) -> Tensor:
@@ -128,7 +132,7 @@ class AdaptedPolicy(nn.Module):
 
     A student that had the transformer before loses it.  targets: where LoRA goes, nowhere if empty; None for all the
     form's own.  dtype: of LoRA, norm and heads.  generator: on the CPU.  guidance: the embedded scale that it is
-    trained for.
+    trained for.  Raises `ValueError` for a transformer that FSDP2 has sharded, which no other student can have.
     """
 
     def __init__(
@@ -144,8 +148,11 @@ class AdaptedPolicy(nn.Module):
     ) -> None:
         super().__init__()
         transformer: Any = base.transformer
+        if hasattr(transformer.proj_out.weight, "full_tensor"):
+            raise ValueError("this transformer was sharded for an earlier student; load it anew for another")
         self.guidance = guidance
         self.transformer, self.form = transformer, base.form
+        self._unread = None if base.unread is None else (base.unread, generator)
         transformer.requires_grad_(False)
         self.norm_out = _floating(transformer.norm_out, dtype)
         projection: nn.Linear = transformer.proj_out
@@ -195,6 +202,16 @@ class AdaptedPolicy(nn.Module):
         """What to shard apart: every transformer block."""
         names = ("transformer_blocks", "single_transformer_blocks")
         return [block for name in names for block in getattr(self.transformer, name, [])]
+
+    def materialise(self, device: torch.device) -> None:
+        """Give the base what was left unread and LoRA its start, on `device` and once sharded: this process's share."""
+        if self._unread is None:
+            return
+        (files, generator), self._unread = self._unread, None
+        fill(self.transformer, files, device)
+        added = {name: value for name, value in self.transformer.named_parameters() if value.is_meta}
+        started = {name: share(_lora_start(name, like, generator), like, device) for name, like in added.items()}
+        self.transformer.load_state_dict(started, strict=False, assign=True)
 
 
 class Tap:
@@ -247,7 +264,10 @@ def _velocity(transformer: Any, form: Form, x: Tensor, t: Tensor, conditions: Co
 def add_lora(
     transformer: Any, lora: LoRA, targets: Sequence[str], generator: torch.Generator, dtype: torch.dtype
 ) -> None:
-    """Put LoRA on the named modules, in the place of what an earlier student had; it starts at zero."""
+    """Put LoRA on the named modules, in the place of what an earlier student had; it starts at zero.
+
+    On modules without values, on the meta device, it has none, and nothing is drawn.
+    """
     from peft import LoraConfig
 
     unknown = sorted(set(targets) - {name for name, _ in transformer.named_modules()})
@@ -264,7 +284,8 @@ def add_lora(
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws from the global state
+    unread = torch.device("meta") if transformer.proj_out.weight.is_meta else nullcontext()
+    with torch.random.fork_rng(devices=[]), unread:  # peft draws from the global state, and on the CPU unless told
         transformer.add_adapter(config, ADAPTER)
     if others:
         transformer.set_adapter([*others, ADAPTER])
@@ -273,8 +294,15 @@ def add_lora(
             parameter.requires_grad_(False)
             continue
         parameter.data = parameter.data.to(dtype)
-        if ".lora_A." in name:  # peft's own draw was rounded to the base's dtype
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / lora.rank)
+        if not parameter.is_meta:  # peft's own draw was rounded to the base's dtype
+            parameter.data.copy_(_lora_start(name, parameter, generator))
+
+
+def _lora_start(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """What a parameter of LoRA starts as, whole and on the CPU: A is drawn, B zero."""
+    if ".lora_A." not in name:
+        return torch.zeros(like.shape)
+    return torch.randn(like.shape, generator=generator) / like.shape[0]
 
 
 def remove_lora(transformer: Any) -> None:

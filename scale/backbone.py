@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pitools.policies import Head
@@ -19,6 +20,7 @@ from pitools.types import PIXELWISE, Factorisation
 from scale.adapted import AdaptedPolicy, Base, Form, Heads, LoRA
 from scale.flux import FluxForm
 from scale.flux2 import Flux2Form
+from scale.loading import files_of, folder_of, outlined, pretrained
 from scale.quantise import Quantisation, loading_options, quantise
 from scale.qwen import QwenForm
 
@@ -93,20 +95,39 @@ class TextToImage:
         """The frozen transformer; random weights are drawn from `generator`, which lives on the CPU."""
         return Base(self.transformer(generator).requires_grad_(False).eval(), self.form)
 
+    def sharded_teacher(self, generator: torch.Generator) -> Base:
+        """The same for a student that FSDP2 shards: where weights are saved, each process reads its share, and then.
+
+        Random and quantised ones are whole at first. `ValueError` for weights that cannot be had, or not sharded.
+        """
+        if self.quantise == "int8":
+            raise ValueError('quantise = "int8" cannot be sharded; use "nf4" or "fp8", or parallel = "ddp" in [engine]')
+        if self.weights in ("random", "tiny") or self.quantise != "none":
+            return self.teacher(generator)
+        try:
+            folder = folder_of(self.weights, self.revision)
+            files = files_of(folder)
+            transformer = outlined(self._class(), folder, files, DTYPES[self.dtype])
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
+        return Base(transformer.requires_grad_(False).eval(), self.form, files)
+
     def outline(self) -> Base:
         """The teacher without weights in memory. `ValueError` where not even its sizes can be had."""
         from accelerate import init_empty_weights
 
         cls = self._class()
         sizes: Mapping[str, Any] = self.sizes if self.weights == "tiny" else self.full
-        if self.weights not in ("random", "tiny"):
+        usual = {each.name: each.default for each in fields(self)}["weights"]  # whose sizes are known
+        if self.weights not in ("random", "tiny", usual):
             try:
                 sizes = cls.load_config(self.weights, subfolder="transformer", revision=self.revision)
             except OSError as error:
                 raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
         with init_empty_weights():
             transformer = cls.from_config(dict(sizes))
-        return Base(transformer.to(DTYPES[self.dtype]), self.form)
+        # Not diffusers' own `to`, which warns of modules that a checkpoint might want in float32.
+        return Base(nn.Module.to(transformer, DTYPES[self.dtype]), self.form)
 
     def example(self, teacher: nn.Module) -> dict[str, Tensor]:
         """Conditions of one sample as long as text usually is, for an outline of the teacher."""
@@ -119,6 +140,8 @@ class TextToImage:
     def stored_bytes(self, name: str, value: Tensor) -> int:
         """What a parameter of the frozen base takes, quantised as this section says."""
         matrix = value.ndim == 2 and not name.startswith(("norm_out.", "proj_out."))
+        if self.quantise == "fp8" and "norm" in name:  # diffusers leaves such modules alone
+            matrix = False
         size = {"none": value.element_size(), "nf4": 4.13 / 8, "int8": 1.0, "fp8": 1.0}[self.quantise]
         return math.ceil(value.numel() * (size if matrix else value.element_size()))
 
@@ -150,10 +173,10 @@ class TextToImage:
             return quantise(transformer, self.quantise)
         options = loading_options(self.quantise, dtype)
         try:
-            transformer = cls.from_pretrained(
-                self.weights, subfolder="transformer", revision=self.revision, torch_dtype=dtype, **options
+            transformer = pretrained(
+                cls, self.weights, subfolder="transformer", revision=self.revision, dtype=dtype, **options
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
         return quantise(transformer, self.quantise)
 

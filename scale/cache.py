@@ -2,12 +2,12 @@
 
     index.json                   identity, counts, and the size of every other file; the sizes are written last
     shard-00000.safetensors      "00007/NAME" of each sample, and the "sha256" [n, 32] by which a sample is verified
-    null.safetensors             what stands for no prompt
+    null.safetensors             what stands for no prompt, or no class
     sizes.safetensors            "sizes" [N, 2], height and width of each latent, where there are latents
 
 A sample is a mapping of tensors without a batch axis: encoder_hidden_states `[T, D]`, for FLUX.1 pooled_projections
-`[D]`, and latents `[C, H, W]`. A shard is there as a whole or not at all, and a cache that was interrupted goes on at
-the first one that is not; its bytes depend on its arguments alone.
+`[D]`, or for a DiT class_labels `[]`; and latents `[C, H, W]`. A shard is there as a whole or not at all, and a cache
+that was interrupted goes on at the first one that is not; its bytes depend on its arguments alone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ R = TypeVar("R")
 FORMAT = 1
 INDEX, NULL, SIZES = "index.json", "null.safetensors", "sizes.safetensors"
 TEXT, MASK, LATENTS = "encoder_hidden_states", "encoder_hidden_states_mask", "latents"
+LABELS = "class_labels"
 OPEN_SHARDS = 64
 
 
@@ -54,10 +55,11 @@ def write_cache(
 ) -> None:
     """Encode `records` into `folder`, or go on where it was interrupted; nothing is encoded where it is complete.
 
-    encode: gets up to `batch_size` records, and answers with a sample for each.  null: the record that stands for no
-    prompt; latents of it are left out.  identity: plain values that say what the samples depend on.  masked: whether
-    texts are trimmed, so that batches have a mask.  shard_size: samples in one file, which are held in memory
-    together.  on_samples: told how many samples are there, and of how many.
+    encode: gets up to `batch_size` records, and answers with a sample for each; first of all `null` alone, before
+    anything is written.  null: the record that stands for no prompt or class; latents of it are left out.
+    identity: plain values that say what the samples depend on.  masked: whether texts are trimmed, so that batches
+    have a mask.  shard_size: samples in one file, which are held in memory together.  on_samples: told how many
+    samples are there, and of how many.
     Raises `ValueError` for sizes below 1, no records, and an encoder that answers with something else than it
     should; `CheckpointError` for a folder that holds another cache, naming the keys in which the two differ, that
     another process is writing, or on a disk that refuses.
@@ -80,10 +82,10 @@ def write_cache(
                 )
         elif any(folder.glob("*.safetensors")):
             raise CheckpointError(f"{folder} holds files of something else, and no {INDEX}; choose another folder")
-        else:
-            write_json(folder / INDEX, {**facts, "files": {}})
         if not _is_whole(folder / NULL):
             (encoded,) = _checked(encode([null]), 1)
+            if not (folder / INDEX).exists():
+                write_json(folder / INDEX, {**facts, "files": {}})
             write_tensors(folder / NULL, {name: value for name, value in encoded.items() if name != LATENTS})
         names = _shards(len(records), shard_size)
         for number, name in enumerate(names):
@@ -107,7 +109,7 @@ class Cache:
     """A complete cache, read one sample at a time; every sample is verified as it is read.
 
     identity: as it was written, with "masked", "samples" and "shard_size".  sizes: `[N, 2]`, int64, the height and
-    width of each latent; None where there are no latents.  null: what stands for no prompt.
+    width of each latent; None where there are no latents.  null: what stands for no prompt or class.
     Raises `CheckpointError`, naming the file, for what is missing, incomplete, truncated or damaged.
     """
 
@@ -155,7 +157,7 @@ class Cache:
 
     @cached_property
     def null(self) -> Sample:
-        """What stands for no prompt."""
+        """What stands for no prompt, or no class."""
         return read_tensors(self.folder / NULL)
 
 

@@ -1,11 +1,13 @@
-"""The commands of the text-to-image backbones: `pitools cache`, `pitools export` and `pitools sample`.
+"""The commands of the backbones of `scale`: `pitools cache`, `pitools export` and `pitools sample`.
 
 Loaded with every `pitools`: what is heavy is imported within a command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -37,22 +39,30 @@ def cache(
         str, typer.Argument(help="A recipe whose [backbone] and [data] say what to encode, and into which folder.")
     ],
     prompts: Annotated[
-        str,
+        str | None,
         typer.Option(help="A text file with a prompt in each line, JSON lines, parquet, or a Hugging Face dataset."),
-    ],
+    ] = None,
     images: Annotated[bool, typer.Option("--images", help="Also encode the images that the list names.")] = False,
+    images_from: Annotated[
+        Path | None,
+        typer.Option(help="For a DiT, in the place of prompts: a folder with a subfolder of images for each class."),
+    ] = None,
+    vae: Annotated[
+        str | None, typer.Option(help="For a DiT: hub id or folder of its VAE; by default stabilityai/sd-vae-ft-ema.")
+    ] = None,
     column: Annotated[str, typer.Option(help="The prompts' column or key.")] = "prompt",
     image_column: Annotated[str, typer.Option(help="The images' column or key.")] = "image",
     null_prompt: Annotated[str, typer.Option(help="What stands for no prompt in a teacher's guidance.")] = "",
-    batch: Annotated[int, typer.Option(min=1, help="Prompts encoded at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts, or images of classes, encoded at once.")] = 8,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key of the recipe.", metavar="KEY=VALUE")
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Encode prompts, and images for data-dependent distillation, once for all runs.
+    """Encode prompts or classes, and images for data-dependent distillation, once for all runs.
 
-    Interrupted, the same command goes on where it was. Data-free recipes need no images.
+    Interrupted, the same command goes on where it was. Data-free recipes need no images: prompts alone, or for a DiT
+    nothing but the recipe.
 
     Examples:
 
@@ -61,39 +71,73 @@ def cache(
         pitools cache scale/qwen.toml --prompts captions.jsonl --images
 
         pitools cache scale/flux-gm-4nfe.toml --prompts captions.parquet --column caption --images
+
+        pitools cache scale/dit-gm-fm-k32.toml --images-from imagenet/train --batch 64
     """
-    with _told():
+    with _told("Stopped. Run the same command again to go on."):
         from rich.console import Console
 
         from pitools.training.config import find_recipe, override, read_recipe
         from pitools.training.recipe import plan
         from scale.backbone import DTYPES, TextToImage
-        from scale.data import CachedPrompts
-        from scale.encoders import build_cache
+        from scale.data import CachedSamples
+        from scale.dit import DiT
+        from scale.encoders import IMAGENET_VAE, build_cache, build_class_cache
 
         planned = plan(override(read_recipe(find_recipe(recipe, ["toys", "scale"])), assign or []), Path(recipe).stem)
         backbone, data = planned.backbone, planned.data
-        if not isinstance(backbone, TextToImage) or not isinstance(data, CachedPrompts):
-            raise ValueError(f'{recipe} must have a text-to-image [backbone], and [data] with name = "cache"')
-        console = Console()
-        built = build_cache(
-            backbone.weights,
-            backbone.kind,
-            prompts,
-            data.folder,
-            images=images,
-            height=data.height,
-            width=data.width,
-            batch_size=batch,
-            device=_device(device),
-            dtype=DTYPES[backbone.dtype],
-            null_prompt=null_prompt,
-            column=column,
-            image_column=image_column,
-            revision=backbone.revision,
-            console=console,
-        )
-        console.print(f"Wrote {len(built):,} prompts to {data.folder}/", markup=False, highlight=False)
+        if not isinstance(data, CachedSamples):
+            raise ValueError(f'{recipe} trains on no cache; it must have [data] with name = "cache"')
+        if isinstance(backbone, DiT):
+            _refuse(recipe, "is for classes", {"--prompts": prompts, "--images": images}, "--images-from FOLDER")
+        elif isinstance(backbone, TextToImage):
+            _refuse(recipe, "is for prompts", {"--images-from": images_from, "--vae": vae}, "--prompts and --images")
+        else:
+            raise ValueError(f"{recipe} has a {type(backbone).__name__}, for which nothing can be encoded here")
+        students = planned.recipe.students
+        bound = [name for name, section in students.items() if not section.objective.data_free]
+        if bound and not images and images_from is None:
+            missing = "--images-from FOLDER" if isinstance(backbone, DiT) else "--images, and images in the list"
+            raise ValueError(
+                f"{recipe} trains from images: add {missing}; or train without, "
+                f"with --set students.{bound[0]}.objective.data_free=true"
+            )
+        _check_writable(data.folder)
+        console, computing = Console(), _device(device)
+        if isinstance(backbone, DiT):
+            built = build_class_cache(
+                backbone.classes,
+                data.folder,
+                images=images_from,
+                height=data.height,
+                width=data.width,
+                channels=data.channels,
+                vae=vae or IMAGENET_VAE,
+                batch_size=batch,
+                device=computing,
+                console=console,
+            )
+        else:
+            if prompts is None:
+                raise ValueError(f"{recipe} is for prompts; name a list of them with --prompts")
+            built = build_cache(
+                backbone.weights,
+                backbone.kind,
+                prompts,
+                data.folder,
+                images=images,
+                height=data.height,
+                width=data.width,
+                batch_size=batch,
+                device=computing,
+                dtype=DTYPES[backbone.dtype],
+                null_prompt=null_prompt,
+                column=column,
+                image_column=image_column,
+                revision=backbone.revision,
+                console=console,
+            )
+        console.print(f"Wrote {len(built):,} samples to {data.folder}/", markup=False, highlight=False, soft_wrap=True)
 
 
 def export(
@@ -122,6 +166,7 @@ def export(
         from scale.export import export as write
 
         folder = run / "export" if out is None else out
+        _check_writable(folder)
         write(run, folder, average=not last, merge=merge, dtype=DTYPES[dtype.value])
         Console().print(f"Wrote {folder}/", markup=False, highlight=False)
 
@@ -161,9 +206,15 @@ def sample(
     with _told():
         from rich.console import Console
 
+        from scale.data import check_size
         from scale.pipelines import sample_images
         from scale.sampling import pipeline_with
 
+        # Before a large base is loaded.
+        _check_writable(out)
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None:
+                check_size(name, pixels)
         console = Console()
         pipe = pipeline_with(
             target,
@@ -191,22 +242,50 @@ def sample(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Within it, what a user can mend is told in one line: exit code 2 for a bad request, 1 for what went wrong."""
+def _told(stopped: str = "Stopped.") -> Iterator[None]:
+    """Within it, what a user can mend is told in one line: exit code 2 for a bad request, 1 for what went wrong.
+
+    stopped: what Ctrl-C is answered with.
+    """
     import logging
+    import warnings
 
     # On import it warns of a kernel that nothing but 4-bit inference on a CPU would use.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # What libraries tell each other's programmers.
+    warnings.filterwarnings("ignore", module=r"(diffusers|huggingface_hub|transformers)\.")
     try:
         from pitools.training.errors import CheckpointError
 
         yield
     except ValueError as error:  # a RecipeError, too
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from None
+        raise _failed(error, 2) from None
     except (CheckpointError, ImportError, OSError) as error:
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise _failed(error, 1) from None
+    except KeyboardInterrupt:
+        typer.echo(stopped, err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def _failed(error: Exception, code: int) -> typer.Exit:
+    typer.secho(f"Error: {' '.join(str(error).split())}", fg="red", err=True)  # the hub's are of several lines
+    return typer.Exit(code)
+
+
+def _refuse(recipe: str, kind: str, options: Mapping[str, object], instead: str) -> None:
+    """A `ValueError` for options that another kind of recipe has."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"{recipe} {kind}, and takes no {name}; use {instead}")
+
+
+def _check_writable(folder: Path) -> None:
+    """A `ValueError` where no folder can be, or none can be written; nothing is made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot be written: {there} is no folder; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: {there} allows no writing; name another")
 
 
 def _device(name: str) -> str:

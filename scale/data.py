@@ -1,6 +1,6 @@
-"""What text-to-image students train on: a recipe's section `[data]`.
+"""What students of diffusers transformers train on: a recipe's section `[data]`.
 
-    name = "cache"          what `pitools cache` wrote: prompts, and latents where it was given images
+    name = "cache"          what `pitools cache` wrote: prompts or class labels, and latents where it was given images
     name = "stub-prompts"   random conditions and latents for tiny models, which need no files
 
 A batch is of one size. Latents of several sizes are bucketed: in each epoch every bucket is shuffled and cut into
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from pitools.training import keyed_generator
 from pitools.training.data import data_indices
+from pitools.training.errors import CheckpointError
 from pitools.types import Conditions, VelocityField
 from scale.backbone import TINY_TEXT
-from scale.cache import LATENTS, TEXT, Cache, Sample, collate
+from scale.cache import LABELS, LATENTS, TEXT, Cache, Sample, collate
 
 VAE, PATCH = 8, 2
 """Pixels to a latent pixel, and latent pixels to a token, along each axis."""
@@ -32,11 +33,11 @@ SHEET_WIDTH = 8
 
 
 @dataclass(frozen=True)
-class CachedPrompts:
+class CachedSamples:
     """The section `[data]` with `name = "cache"`.
 
-    folder: that `pitools cache` wrote.  height, width: of images, in pixels, where the cache has none to tell; and
-    of sheets of samples.  channels: of a latent, 16, or 32 for FLUX.2.
+    folder: that `pitools cache` wrote.  height, width: of images, in pixels, where the cache has none to tell, and
+    where they are of one size, as for classes.  channels: of a latent: 16, or 32 for FLUX.2, or 4 for a DiT.
     """
 
     folder: Path
@@ -45,7 +46,8 @@ class CachedPrompts:
     channels: int = 16
 
     def __post_init__(self) -> None:
-        _check_sizes(self.height, self.width)
+        check_size("height", self.height)
+        check_size("width", self.width)
         if self.channels < 1:
             raise ValueError(f"channels must be at least 1, got {self.channels}")
 
@@ -60,6 +62,14 @@ class CachedPrompts:
         return self.cache.identity.get("backbone")
 
     @property
+    def classes(self) -> int | None:
+        """The number of classes, without the null one; None for prompts, and as long as there is no whole cache."""
+        try:
+            return self.cache.identity.get("classes")
+        except CheckpointError:
+            return None  # whoever needs the cache is told
+
+    @property
     def has_latents(self) -> bool:
         """Whether there are images: without, only data-free distillation can use the cache."""
         return self.cache.sizes is not None
@@ -71,18 +81,19 @@ class CachedPrompts:
 
     @property
     def null_conditions(self) -> Conditions:
-        """The conditions of the null prompt, `[1, ...]`."""
+        """The conditions of the null prompt or class, `[1, ...]`."""
         return collate([self.cache.null], self.cache.masked)
 
     def __len__(self) -> int:
-        """The number of prompts."""
+        """The number of prompts, or of images with a class."""
         return len(self.cache)
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Conditions]:
         """Latents `[B, C, H, W]` and conditions, on the CPU; without images the latents are zeros of `shape`.
 
-        `ValueError` for latents of several sizes, or of another number of channels than the section's.
+        `ValueError` for latents of several sizes, and for those that `indices` refuses.
         """
+        self._check_latents()
         samples: list[Sample] = [self.cache[index] for index in indices]
         conditions = collate(samples, self.cache.masked)
         if not self.has_latents:
@@ -90,15 +101,15 @@ class CachedPrompts:
         shapes = sorted({tuple(sample[LATENTS].shape) for sample in samples})
         if len(shapes) > 1:
             raise ValueError(f"indices must be of samples of one size, got latents {shapes}; take them from `indices`")
-        if shapes[0][0] != self.channels:
-            raise ValueError(f"channels is {self.channels}, and the cache has latents of {shapes[0][0]}")
         return torch.stack([sample[LATENTS] for sample in samples]).float(), conditions
 
     def indices(self, seed: int, step: int, batch: int, rows: Sequence[int]) -> list[int]:
         """Which samples the given rows of a step's global batch are: all rows of one step are of one size.
 
-        `ValueError` where no size has as many samples as `batch`.
+        `ValueError` where no size has as many samples as `batch`, where latents have another number of channels than
+        the section, and those of classes another size.
         """
+        self._check_latents()
         buckets = self._buckets
         if len(buckets) == 1:
             return data_indices(seed, len(self), step, batch, rows)
@@ -108,6 +119,23 @@ class CachedPrompts:
             raise ValueError(f"batch {batch} is more than there are samples of any one size, at most {most}; lower it")
         own = _batches(buckets, seed, batch, step // batches)[step % batches]
         return [int(own[row]) for row in rows]
+
+    @cached_property
+    def _first(self) -> tuple[int, ...] | None:
+        """The shape of the first sample's latents; None where there are none."""
+        return tuple(self.cache[0][LATENTS].shape) if self.has_latents else None
+
+    def _check_latents(self) -> None:
+        if self._first is None:
+            return
+        if self._first[0] != self.channels:
+            raise ValueError(f"channels is {self.channels}, and the cache has latents of {self._first[0]}")
+        if self.classes is not None and self._first != self.shape:  # a network for classes is for one size
+            height, width = (VAE * size for size in self._first[1:])
+            raise ValueError(
+                f"height x width is {self.height} x {self.width}, and the cache has images of {height} x {width}; "
+                "set that in [data]"
+            )
 
     @cached_property
     def _buckets(self) -> tuple[Tensor, ...]:
@@ -139,7 +167,8 @@ class StubPrompts:
     samples: int = 8
 
     def __post_init__(self) -> None:
-        _check_sizes(self.height, self.width)
+        check_size("height", self.height)
+        check_size("width", self.width)
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
 
@@ -158,7 +187,7 @@ class StubPrompts:
     def null_conditions(self) -> Conditions:
         """The label after the last, or random conditions of their own."""
         if self.classes is not None:
-            return {"class_labels": self.classes}
+            return {LABELS: self.classes}
         return collate([self._text(-1)], self._masked)
 
     def __len__(self) -> int:
@@ -172,7 +201,7 @@ class StubPrompts:
             raise ValueError(f"indices must lie in 0..{self.samples - 1}, got {outside[0]}")
         latents = [torch.randn(self.shape, generator=_of_sample("latents", index)) for index in indices]
         if self.classes is not None:
-            return torch.stack(latents), {"class_labels": torch.tensor(list(indices)) % self.classes}
+            return torch.stack(latents), {LABELS: torch.tensor(list(indices)) % self.classes}
         return torch.stack(latents), collate([self._text(index) for index in indices], self._masked)
 
     @property
@@ -253,10 +282,12 @@ def _batches(buckets: tuple[Tensor, ...], seed: int, batch: int, epoch: int) -> 
     return together[torch.randperm(len(together), generator=keyed_generator(seed, "batch order", epoch))]
 
 
-def _check_sizes(height: int, width: int) -> None:
-    for name, value in (("height", height), ("width", width)):
-        if value < 1 or value % (VAE * PATCH):
-            raise ValueError(f"{name} must be a multiple of {VAE * PATCH} pixels, got {value}")
+def check_size(name: str, pixels: int) -> None:
+    """`ValueError` for a height or width of images, as `name` says, of which no whole number of tokens can be made."""
+    unit = VAE * PATCH
+    if pixels < 1 or pixels % unit:
+        near = max(unit, round(pixels / unit) * unit)
+        raise ValueError(f"{name} must be a multiple of {unit} pixels, got {pixels}; use {near}")
 
 
 def _of_sample(what: str, index: int) -> torch.Generator:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pitools.policies import Head, HeadSizes, Outputs
 from pitools.types import PIXELWISE, Conditions, Factorisation, patchwise
 from scale.heads import Layout, PolicyHeads
+from scale.loading import pretrained
 
 Factor = Literal["pixel", "patch"]
 LAYOUTS = {
@@ -141,8 +142,8 @@ class DiT:
         model: Any = DiTTransformer2DModel
         if self.weights not in ("", "random", "tiny"):
             try:
-                transformer = model.from_pretrained(self.weights)
-            except OSError as error:
+                transformer = pretrained(model, self.weights)
+            except (OSError, ValueError) as error:
                 raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
             self._check(transformer.config)
             return self._wrapped(transformer)

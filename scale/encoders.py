@@ -1,9 +1,11 @@
-"""Prompts and images to what a transformer takes, by the encoders that its diffusers pipeline comes with.
+"""Prompts, classes and images to what a transformer takes, by the encoders that it was trained with.
 
     text     the pipeline's own `encode_prompt`; Qwen-Image's is trimmed to its mask, the others' is of a fixed length
+    class    its number
     image    z = mode of the VAE's posterior, then     Qwen-Image   (z - mean) / std, for each channel
                                                        FLUX.1       (z - shift) * scale
                                                        FLUX.2       (z - mean) / std, for each channel of a 2 x 2 patch
+                                                       ImageNet     z * scale
 
 Latents are `[C, H/8, W/8]`, as the transformer's adapter takes them.
 """
@@ -13,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from einops import rearrange
@@ -25,11 +28,17 @@ from rich.console import Console
 from torch import Tensor
 
 from pitools.training.checkpoint import JSON
-from scale.cache import LATENTS, TEXT, Cache, Sample, write_cache
-from scale.prompts import Record, read_records
+from scale.cache import LABELS, LATENTS, TEXT, Cache, Sample, write_cache
+from scale.data import VAE
+from scale.prompts import Labelled, Record, read_classes, read_records
 
 TOKENS = 512
 """The most of a prompt that is encoded: what all three pipelines do unless told otherwise."""
+
+R = TypeVar("R")
+
+IMAGENET_VAE = "stabilityai/sd-vae-ft-ema"
+"""Whose latents, times 0.18215, DiT, SiT and REPA were trained on."""
 
 
 class Family(Protocol):
@@ -38,6 +47,11 @@ class Family(Protocol):
     @property
     def pipeline(self) -> str:
         """The name of the diffusers pipeline."""
+        ...
+
+    @property
+    def transformer(self) -> str:
+        """The name of its transformer's class."""
         ...
 
     @property
@@ -59,6 +73,7 @@ class Qwen:
     """`QwenImagePipeline`: a text's length is its own."""
 
     pipeline: str = "QwenImagePipeline"
+    transformer: str = "QwenImageTransformer2DModel"
     masked: bool = True
 
     def texts(self, pipeline: Any, prompts: list[str], device: torch.device) -> list[dict[str, Tensor]]:
@@ -81,6 +96,7 @@ class Flux:
     """`FluxPipeline`: T5 and its padding, on which the transformer was trained, and pooled CLIP."""
 
     pipeline: str = "FluxPipeline"
+    transformer: str = "FluxTransformer2DModel"
     masked: bool = False
 
     def texts(self, pipeline: Any, prompts: list[str], device: torch.device) -> list[dict[str, Tensor]]:
@@ -101,6 +117,7 @@ class Flux2:
     """`Flux2Pipeline`: three layers of its text encoder and their padding."""
 
     pipeline: str = "Flux2Pipeline"
+    transformer: str = "Flux2Transformer2DModel"
     masked: bool = False
 
     def texts(self, pipeline: Any, prompts: list[str], device: torch.device) -> list[dict[str, Tensor]]:
@@ -145,13 +162,9 @@ class Encoder:
         An image is turned as its own note on orientation says, scaled to cover that size, and cropped around its
         centre.
         """
-        from diffusers.utils.loading_utils import load_image
-
-        images = [load_image(str(path)) for path in paths]
-        processor, vae = self.pipeline.image_processor, self.pipeline.vae
-        # One by one: the processor takes them for equally large.
-        parts = [processor.preprocess(image, height, width, resize_mode="crop") for image in images]
-        return self.family.latents(vae, torch.cat(parts).to(self.device, vae.dtype)).cpu()
+        vae = self.pipeline.vae
+        pixels = _pixels(self.pipeline.image_processor, paths, height, width)
+        return self.family.latents(vae, pixels.to(self.device, vae.dtype)).cpu()
 
 
 def encoder_for(
@@ -166,22 +179,92 @@ def encoder_for(
     """The encoders of a pipeline, whose transformer stays unread.
 
     weights: hub id, or a folder as diffusers saves pipelines.  images: whether its VAE is wanted, too.
-    Raises `ValueError` for weights that cannot be had, saying why, and for another kind; `ImportError` without
-    diffusers.
+    Raises `ValueError` for weights that cannot be had, saying why, or are of another family, and for another kind;
+    `ImportError` without diffusers.
     """
     family = family_of(kind)
+    if weights in ("random", "tiny"):
+        raise ValueError(f"weights {weights!r} come without encoders; name a hub id or a folder of a pipeline")
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(f'encoding needs diffusers ({error}): run `pip install "pitools[scale]"`') from error
     unread = {"transformer": None, **({} if images else {"vae": None})}
+    own = getattr(diffusers, family.pipeline)
     try:
-        pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-            weights, revision=revision, torch_dtype=dtype, **unread
-        )
+        _, found = own.load_config(weights, revision=revision).get("transformer", (None, None))
+        if found not in (None, family.transformer):
+            raise ValueError(f"they are those of a {found}, not of a {family.transformer}")
+        pipeline = own.from_pretrained(weights, revision=revision, torch_dtype=dtype, **unread)
     except (OSError, ValueError) as error:
         raise ValueError(f"weights {weights!r} cannot be loaded: {error}") from error
     return Encoder(pipeline.to(device), family, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageEncoder:
+    """An `AutoencoderKL` apart from any pipeline, in float32: what the ImageNet DiTs have."""
+
+    vae: Any
+    device: torch.device
+
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Of the latents of an image of `height` x `width` pixels."""
+        config = self.vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return config.latent_channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def encode_images(self, paths: Sequence[Path], height: int, width: int) -> Tensor:
+        """Latents `[B, C, H/8, W/8]`, float32, on the CPU; images are cut to size as by `Encoder.encode_images`."""
+        from diffusers.image_processor import VaeImageProcessor
+
+        pixels = _pixels(VaeImageProcessor(), paths, height, width).to(self.device)
+        latents: Tensor = self.vae.encode(pixels).latent_dist.mode() * self.vae.config.scaling_factor
+        return latents.cpu()
+
+
+def image_encoder_for(vae: str, device: torch.device | str, *, revision: str | None = None) -> ImageEncoder:
+    """The encoder of images of classes.
+
+    vae: hub id of an `AutoencoderKL`, or a folder as diffusers saves one.
+    Raises `ValueError` for weights that cannot be had, saying why; `ImportError` without diffusers.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError(f'encoding needs diffusers ({error}): run `pip install "pitools[scale]"`') from error
+    model: Any = AutoencoderKL
+    try:
+        kind = model.load_config(vae, revision=revision).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"it is a {kind}, not an AutoencoderKL")
+        loaded = model.from_pretrained(vae, revision=revision, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"vae {vae!r} cannot be loaded: {error}") from error
+    return ImageEncoder(loaded.eval().to(device), torch.device(device))
+
+
+def _pixels(processor: Any, paths: Sequence[Path], height: int, width: int) -> Tensor:
+    """Images `[B, 3, height, width]` in [-1, 1], turned, scaled and cropped. `ValueError` for one that is damaged."""
+    from diffusers.utils.loading_utils import load_image
+
+    parts: list[Tensor] = []
+    for path in paths:  # one by one: the processor takes them for equally large
+        with _told_of(path):
+            parts.append(processor.preprocess(load_image(str(path)), height, width, resize_mode="crop"))
+    return torch.cat(parts)
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Within it, what Pillow says of a file that it cannot read becomes a `ValueError` that names it."""
+    from PIL import Image
+
+    try:
+        yield
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # a SyntaxError is of a broken PNG
+        raise ValueError(f"the image {path} cannot be read ({error}); replace it or leave it out") from error
 
 
 def bucket_of(width: int, height: int, area: int) -> tuple[int, int]:
@@ -206,7 +289,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """The (width, height) of an image, turned as its own note on orientation says, without decoding it."""
     from PIL import ExifTags, Image
 
-    with Image.open(path) as image:
+    with _told_of(path), Image.open(path) as image:
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if turned else (width, height)
@@ -237,15 +320,6 @@ def build_cache(
     prompt in guidance.
     Raises what `read_records`, `encoder_for` and `write_cache` raise.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     family = family_of(kind)
     records = read_records(prompts_source, column, image_column if images else None)
     listed = [[record.prompt, record.image.name if record.image else None] for record in records]
@@ -270,6 +344,81 @@ def build_cache(
                 sample[LATENTS] = encoder().encode_images([record.image], own_height, own_width)[0]
         return samples
 
+    return _written(folder, records, encode, Record(null_prompt), identity, family.masked, batch_size, console)
+
+
+def build_class_cache(
+    classes: int,
+    folder: Path,
+    *,
+    images: Path | None = None,
+    height: int = 256,
+    width: int = 256,
+    channels: int = 4,
+    vae: str = IMAGENET_VAE,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
+) -> Cache:
+    """Encode images of classes into `folder`, or go on where it was interrupted.
+
+    The null class is `classes`, the label after the last.  images: a folder with a subfolder for each class; None for
+    labels alone, one of each class.  height, width: to which every image is scaled and cropped.  channels: of a
+    latent.  vae: see `image_encoder_for`; it is loaded only if there is something left to encode.
+    Raises what `read_classes`, `image_encoder_for` and `write_cache` raise, and `ValueError` for a VAE with latents
+    of other sizes.
+    """
+    records = [Labelled(label) for label in range(classes)] if images is None else read_classes(images, classes)
+    listed = [[record.label, record.image.name if record.image else None] for record in records]
+    identity: dict[str, JSON] = {
+        "backbone": "dit",
+        "classes": classes,
+        "vae": None if images is None else vae,
+        "records": hashlib.sha256(json.dumps(listed).encode()).hexdigest(),
+        "size": None if images is None else [height, width],
+    }
+
+    @once
+    def encoder() -> ImageEncoder:
+        loaded = image_encoder_for(vae, device)
+        wanted, found = (channels, height // VAE, width // VAE), loaded.shape(height, width)
+        if found != wanted:
+            raise ValueError(f"vae {vae!r} makes latents {found} of {height} x {width} pixels, and {wanted} are needed")
+        return loaded
+
+    def encode(part: Sequence[Labelled]) -> Sequence[Sample]:
+        samples: list[dict[str, Tensor]] = [{LABELS: torch.tensor(record.label)} for record in part]
+        if images is None:
+            return samples
+        loaded = encoder()  # for the null class, too: what is wrong with it is told before anything is written
+        if paths := [record.image for record in part if record.image is not None]:
+            for sample, latents in zip(samples, loaded.encode_images(paths, height, width), strict=True):
+                sample[LATENTS] = latents
+        return samples
+
+    return _written(folder, records, encode, Labelled(classes), identity, False, batch_size, console)
+
+
+def _written(
+    folder: Path,
+    records: Sequence[R],
+    encode: Callable[[Sequence[R]], Sequence[Sample]],
+    null: R,
+    identity: Mapping[str, JSON],
+    masked: bool,
+    batch_size: int,
+    console: Console | None,
+) -> Cache:
+    """What `write_cache` writes, while a bar shows how far it is."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(24),
@@ -283,9 +432,9 @@ def build_cache(
             folder,
             records,
             encode,
-            null=Record(null_prompt),
+            null=null,
             identity=identity,
-            masked=family.masked,
+            masked=masked,
             batch_size=batch_size,
             on_samples=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -15,7 +15,6 @@ import os
 import shutil
 import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,12 +95,12 @@ def merge_adapter(student: NetworkStudent, out: str | Path, *, dtype: torch.dtyp
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         transformer.save_pretrained(temporary)
-        os.replace(temporary, final)
+        save_adapter(student, out / "adapter", dtype=dtype)
+        os.replace(temporary, final)  # last, so that a folder with a transformer is complete
     except OSError as error:
-        with suppress(OSError):
-            shutil.rmtree(temporary)
         raise CheckpointError(f"{final} could not be written: {error}") from error
-    save_adapter(student, out / "adapter", dtype=dtype)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def found_student(path: Path) -> tuple[Plan, Member]:
@@ -131,7 +130,7 @@ def student_weights(member: Member, average: bool = True) -> Mapping[str, Tensor
     if average:
         path = member.folder / AVERAGES
         if not path.is_file():
-            raise CheckpointError(f"{path} is not there yet; finish the training, or export without averaging")
+            raise CheckpointError(f"{path} is not there yet; finish the training, or export without averaging (--last)")
         return read_tensors(path)
     folder = member.folder / "checkpoints"
     refused: list[CheckpointError] = []

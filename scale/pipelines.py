@@ -423,21 +423,30 @@ def pipeline_for(
     device: torch.device | str = "cpu",
     quantise: Literal["none", "nf4", "int8", "fp8"] = "none",
     generator: torch.Generator | None = None,
+    revision: str | None = None,
 ) -> PiPipeline:
     """The pipeline of a backbone, without a student.
 
     kind: "qwen", "flux" or "flux2".  weights: hub id or folder of a diffusers pipeline, None for the backbone's own,
     or "tiny" for random ones between stubs (`scale.stubs`), drawn from `generator`, which lives on the CPU.
-    quantise: of the transformer's linear layers.
-    Raises `ValueError` for an unknown kind and for weights that cannot be had.
+    quantise: of the transformer's linear layers.  revision: of a hub id.
+    Raises `ValueError` for an unknown kind, for weights that cannot be had, and for a pipeline of another backbone.
     """
     if kind not in PIPELINES:
         raise ValueError(f"kind must be one of {', '.join(PIPELINES)}, got {kind!r}")
     section_class, pipeline_class = PIPELINES[kind]
     chosen: dict[str, Any] = {} if weights is None else {"weights": weights}
-    section = section_class(**chosen, dtype=dtype, quantise=quantise)
+    section = section_class(**chosen, revision=revision, dtype=dtype, quantise=quantise)
     if section.weights == "random":
         raise ValueError('weights "random" come without a text encoder and a VAE; use "tiny", a hub id or a folder')
+    if section.weights != "tiny":  # before its transformer is loaded, which takes minutes
+        try:
+            index = pipeline_class.load_config(section.weights, revision=revision)
+        except OSError as error:
+            raise ValueError(f"weights {section.weights!r} cannot be loaded: {error}") from error
+        _, found = index.get("transformer", (None, None))
+        if found not in (None, section.class_name):
+            raise ValueError(f"weights {section.weights!r} are of a {found}, and a {section.class_name} is needed")
     drawn = torch.Generator().manual_seed(0) if generator is None else generator
     transformer = section.transformer(drawn).requires_grad_(False).eval()
     if section.weights == "tiny":
@@ -447,7 +456,7 @@ def pipeline_for(
     else:
         try:
             pipe = pipeline_class.from_pretrained(
-                section.weights, transformer=transformer, torch_dtype=DTYPES[section.dtype]
+                section.weights, revision=revision, transformer=transformer, torch_dtype=DTYPES[section.dtype]
             )
         except OSError as error:
             raise ValueError(f"weights {section.weights!r} cannot be loaded: {error}") from error
@@ -477,6 +486,9 @@ def sample_images(
     """
     if not prompts or per_prompt < 1:
         raise ValueError(f"there is nothing to sample for {len(prompts)} prompts with {per_prompt} images each")
+    _size(pipe, height, width)
+    _student(pipe)
+    steps, scale = _steps(pipe, nfe, force), _guidance(pipe, guidance, force)
     out.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     images: list[Any] = []
@@ -500,8 +512,8 @@ def sample_images(
         make_image_grid(images, rows=len(prompts), cols=per_prompt).save(out / "sheet.png")
     settings = {
         "pipeline": type(pipe).__name__,
-        "nfe": _steps(pipe, nfe, force),
-        "guidance": _guidance(pipe, guidance, force),
+        "nfe": steps,
+        "guidance": scale,
         "renoise": renoise,
         "height": images[0].height,
         "width": images[0].width,

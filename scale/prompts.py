@@ -1,11 +1,13 @@
-"""Prompt lists, and the images that go with them, from what people keep them in:
+"""Prompts, classes, and the images that go with them, from what people keep them in:
 
     .txt       a prompt on each line; blank lines are skipped
     .jsonl     an object on each line (also .ndjson)
     .parquet   a table; needs pyarrow
     org/name   a data set of the Hugging Face hub, its split "train"; needs datasets
+    FOLDER     of class-labelled images: a subfolder for each class, as ImageNet's are
 
-An image is named by a path from the folder of the file that names it.
+An image of a prompt is named by a path from the folder of the file that names it. Classes are numbered in the order of
+their subfolders' names, which for ImageNet's (n01440764, ...) is the numbering that everybody uses.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,14 @@ class Record:
     """A prompt, and the file of the image that it describes, if there is one."""
 
     prompt: str
+    image: Path | None = None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A class, from 0, and the file of an image of it, if there is one."""
+
+    label: int
     image: Path | None = None
 
 
@@ -65,6 +76,29 @@ def read_records(source: str | Path, column: str = "prompt", image_column: str |
     if not records:
         raise ValueError(f"the prompt list {source} has no prompts")
     return records
+
+
+def read_classes(folder: Path, classes: int) -> list[Labelled]:
+    """The images of a folder with a subfolder for each of `classes`, class after class and by name.
+
+    Files that are no images by their suffix, and hidden ones, are passed over.
+    Raises `ValueError` for a folder that is not there, or has another number of subfolders, and for one without
+    images.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"the folder of images {str(folder)!r} is not there; name one with a subfolder for each class")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if len(names) != classes:
+        raise ValueError(f"{folder} must have a subfolder for each of {classes} classes, got {len(names)} subfolders")
+    images = [
+        Labelled(label, folder / name / file)
+        for label, name in enumerate(names)
+        for file in sorted(entry.name for entry in (folder / name).iterdir())
+        if Path(file).suffix.lower() in IMAGES and not file.startswith(".")
+    ]
+    if not images:
+        raise ValueError(f"{folder} has subfolders without images; those are files that end in {', '.join(IMAGES)}")
+    return images
 
 
 Rows = Iterable[tuple[str, Mapping[str, Any]]]

@@ -340,7 +340,8 @@ def _located(path_or_hub_id: str | Path, subfolder: str | None, revision: str | 
         except EntryNotFoundError:
             return weights, None, where
     except (OSError, ValueError, EntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # All of its lines: of a gated repository the first one tells but a status.
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{where} is no local file or folder, and {WEIGHTS} cannot be had from the hub: {reason}"
         ) from error
@@ -543,7 +544,7 @@ def _schedule(file: _File, kind: Kind) -> tuple[Schedule, list[str]]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file.source}: the schedule of its metadata cannot be: {error}") from error
     else:
-        if match := re.search(r"(\d+)step", file.name):
+        if match := re.search(r"(?<!\d)(\d{1,2})steps?(?![^\W_])", file.name):
             nfe = int(match[1])
         elif segment is not None:
             nfe = round(1 / _positive(file, "segment_size") + 1 - FINAL_STEP_SCALE)

@@ -12,9 +12,9 @@ from pitools.training.distillation import build_student
 from pitools.training.random import keyed_generator
 from scale.adapted import Base
 from scale.backbone import TextToImage
-from scale.export import AVERAGES, found_student, student_weights
+from scale.export import found_student, student_weights
 from scale.pipelines import PIPELINES, PiPipeline, pipeline_for
-from scale.published import base_class, load_weights
+from scale.published import WEIGHTS, base_class, load_weights
 
 Quantisation = Literal["none", "nf4", "int8", "fp8"]
 
@@ -37,7 +37,10 @@ def pipeline_with(
     Raises what `found_student`, `pipeline_for` and `load_adapter` raise.
     """
     path = Path(target)
-    if (path / "recipe.toml").is_file() or (path / AVERAGES).is_file():
+    of_student = (path.parent / "recipe.toml").is_file() and path.is_dir() and not (path / WEIGHTS).is_file()
+    if (path / "recipe.toml").is_file() or of_student:
+        if subfolder is not None:
+            raise ValueError(f"subfolder {subfolder!r} is of an adapter, and {path} is a run; name RUN/STUDENT instead")
         return _of_run(path, base, quantise, dtype, device, console)
     kind = _kind(base_class(target, subfolder))
     tiny = base == "tiny"
@@ -65,7 +68,13 @@ def _of_run(
     weights = student_weights(member)
     seeded = keyed_generator(planned.recipe.teacher.seed, "teacher weights")
     pipe = pipeline_for(
-        backbone.kind, base or backbone.weights, dtype or backbone.dtype, device, quantise or backbone.quantise, seeded
+        backbone.kind,
+        base or backbone.weights,
+        dtype or backbone.dtype,
+        device,
+        quantise or backbone.quantise,
+        seeded,
+        backbone.revision if base is None else None,
     )
     if backbone.weights == "tiny" and console is not None:
         _tell_tiny(console)

@@ -39,14 +39,14 @@ from pitools.training.errors import CheckpointError, DivergenceError
 from pitools.training.interrupt import stopping
 from pitools.training.jobs import Call, Distillation, FlowMatching
 from pitools.training.lock import locked
-from pitools.training.loop import train
+from pitools.training.loop import EMA_DTYPES, train
 from pitools.training.memory import (
     Memory,
     StoredBytes,
-    evaluations,
-    network_bytes,
+    network_passes,
     plain_bytes,
     policy_bytes,
+    state_bytes,
     weight_bytes,
 )
 from pitools.training.random import keyed_generator, sample_generators
@@ -160,8 +160,8 @@ def describe(plan: Plan) -> str:
         memory = estimate(plan, member, student, teacher, stored)
         lines.append(
             f"# {member.label}: {trained:,} trained and {idle:,} frozen parameters; on one process about "
-            f"{_mib(memory.total)}: all weights {_mib(memory.weights)}, gradients, optimiser and EMA "
-            f"{_mib(memory.training)}, graphs of the network {_mib(memory.network)} and of the policy "
+            f"{_mib(memory.total)} at once: all weights {_mib(memory.weights)}, gradients, optimiser and EMA "
+            f"{_mib(memory.training)}, passes of the networks {_mib(memory.network)}, the policy and its loss "
             f"{_mib(memory.policy)}"
         )
     return "\n".join(lines)
@@ -170,23 +170,43 @@ def describe(plan: Plan) -> str:
 def estimate(
     plan: Plan, member: Member, student: NetworkStudent, teacher: nn.Module, stored: StoredBytes = plain_bytes
 ) -> Memory:
-    """What training `student` takes at the recipe's batch, on one process. Its network ends on the meta device."""
+    """What training `student` takes at the recipe's batch, on one process, of the memory of the network's device.
+
+    Both networks end on the meta device.
+    """
     training, engine, network = plan.recipe.training, plan.recipe.engine, cast(nn.Module, student.network)
-    count = sum(value.numel() for value in network.parameters() if value.requires_grad)
-    each = sum(plain_bytes(name, value) for name, value in network.named_parameters() if value.requires_grad)
-    state = 2 if training.optimiser.name == "adamw8bit" else 8
-    average = {"float32": 4, "bfloat16": 2, "own": each // count}[training.ema_dtype]
+    objective, at_once = member.section.objective, training.batch // training.accumulation
+    trained = [value for value in network.parameters() if value.requires_grad]
     weights = weight_bytes([teacher, network], stored)
+    gradients = sum(plain_bytes("", value) for value in trained)
+    states = sum(state_bytes(training.optimiser, value) for value in trained)
+    averages = sum(value.numel() * (EMA_DTYPES[training.ema_dtype] or value.dtype).itemsize for value in trained)
+    if training.ema_device == "cpu" and engine.device != "cpu":
+        averages = 0
+
     example = getattr(plan.backbone, "example", None)
     conditions = plan.data.batch([0])[1] if example is None else cast(Conditions, example(teacher))
-    latents = torch.zeros(1, *plan.data.shape)
-    if engine.precision == "bf16":
-        network.bfloat16()
-    graph, outputs = network_bytes(network, latents, conditions, engine.gradient_checkpointing)
-    objective, at_once = member.section.objective, training.batch // training.accumulation
-    asked = evaluations(objective.window, objective.step_size, objective.states)
-    policy = policy_bytes(student, outputs, latents, asked)
-    return Memory(weights, each + (state + average) * count, graph * at_once, policy * at_once)
+    conditions = {name: _repeated(value, at_once) for name, value in conditions.items()}
+    latents = torch.zeros(1, *plan.data.shape).expand(at_once, *plan.data.shape)
+    accumulated = training.accumulation > 1 or (objective.data_free and member.nfe > 1)
+    passes, outputs = network_passes(
+        network,
+        teacher,
+        latents,
+        conditions,
+        autocast=engine.precision == "bf16",
+        recomputed=engine.gradient_checkpointing,
+        accumulated=accumulated,
+    )
+    most, asked = policy_bytes(student, outputs, latents, objective)
+    while_passing = max(passes.most, passes.graph + most, passes.graph + asked + passes.teacher)
+    total = weights + states + averages + (gradients + while_passing if accumulated else max(gradients, while_passing))
+    return Memory(weights, gradients + states + averages, passes.most, most, total)
+
+
+def _repeated(value: object, count: int) -> object:
+    """One sample's condition for so many."""
+    return value.expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
 
 
 def _mib(size: int) -> str:
@@ -202,6 +222,11 @@ def check_engine(plan: Plan, engine: Engine) -> None:
                 continue
             where = section
             engine.rows(training.batch, training.accumulation)
+            if engine.sharded and training.ema_device != "own":
+                raise ValueError(
+                    f'ema_device = "{training.ema_device}" and [engine] parallel = "fsdp2" are not supported together; '
+                    'use "own", whose averages are spread as the weights are'
+                )
             if training.optimiser.name == "adamw8bit":
                 import bitsandbytes  # noqa: F401
     except ValueError as error:
@@ -223,8 +248,8 @@ def check_data(plan: Plan) -> None:
     bound = [name for name, section in recipe.students.items() if not section.objective.data_free]
     if bound and not getattr(data, "has_latents", True):
         raise RecipeError(
-            f"[data] has prompts alone, and [students.{bound[0]}.objective] starts from images; set its data_free to "
-            "true, or encode images, too"
+            f"[data] has no images, and [students.{bound[0]}.objective] starts from them; set its data_free to true, "
+            "or encode images, too"
         )
     if isinstance(data, Ordered):
         for training in (recipe.training, recipe.teacher.training):
@@ -283,6 +308,7 @@ def _claimed(plan: Plan) -> str:
     kept = {key: value for key, value in table.items() if key != "engine"}
     kept["run"] = {key: value for key, value in table["run"].items() if key != "out"}
     kept["engine"] = {"precision": table["engine"]["precision"]}
+    kept["training"] = {key: value for key, value in table["training"].items() if key != "ema_device"}
     return to_toml(kept)
 
 

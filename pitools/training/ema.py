@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pitools.training.checkpoint import check_keys, placed
+from pitools.training.optimiser import is_sharded
 
 
 class EMA:
@@ -24,24 +25,37 @@ class EMA:
         sharded (FSDP2) before.  steps: how many updates they hold.
 
     module: whose weights are followed.  gamma: γ >= 0; the larger, the shorter the memory.
-    dtype: of the averages; None for each parameter's own.
-    Raises `ValueError` for a negative gamma, a dtype that is not floating-point, or nothing to average.
+    dtype: of the averages; None for each parameter's own.  device: where they live; None for each parameter's own.
+    On another device, a weight is copied there at each update, and an average to the weight's where it is applied.
+    Raises `ValueError` for a negative gamma, a dtype that is not floating-point, nothing to average, or a device for
+    sharded weights, whose averages lie where the shards do.
     """
 
-    def __init__(self, module: nn.Module, gamma: float = 7.0, dtype: torch.dtype | None = torch.float32) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        gamma: float = 7.0,
+        dtype: torch.dtype | None = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
         if not gamma >= 0:
             raise ValueError(f"gamma must not be negative, got {gamma}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, or None for each parameter's own, got {dtype}")
-        self.gamma = gamma
-        self.steps = 0
-        self.averages: dict[str, Tensor] = {
-            name: parameter.detach().to(dtype or parameter.dtype, copy=True)
+        followed = {
+            name: parameter.detach()
             for name, parameter in module.named_parameters()
             if parameter.requires_grad and parameter.is_floating_point()
         }
-        if not self.averages:
+        if not followed:
             raise ValueError("module has no floating-point parameter that requires a gradient: nothing to average")
+        if device is not None and any(map(is_sharded, followed.values())):
+            raise ValueError(f"device must be None for sharded weights, got {device}: averages lie where shards do")
+        self.gamma = gamma
+        self.steps = 0
+        self.averages: dict[str, Tensor] = {
+            name: value.to(device or value.device, dtype or value.dtype, copy=True) for name, value in followed.items()
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -50,7 +64,7 @@ class EMA:
         self.steps += 1
         beta = (1 - 1 / self.steps) ** (self.gamma + 1)
         for name, average in self.averages.items():
-            value = parameters[name].to(average.dtype)
+            value = parameters[name].to(average.device, average.dtype)
             if beta == 0:
                 average.copy_(value)
             else:

@@ -42,10 +42,14 @@ class EngineSection:
 
 
 class Shardable(Protocol):
-    """A network that says what FSDP2 should shard apart, inner modules first."""
+    """What a network may have for FSDP2: which of its modules to shard apart, and weights that are read afterwards."""
 
     def shards(self) -> list[nn.Module]:
-        """The modules."""
+        """The modules to shard apart, inner ones first."""
+        ...
+
+    def materialise(self, device: torch.device) -> None:
+        """Give the parameters that are still on the meta device their values, each process its shard of them."""
         ...
 
 
@@ -80,10 +84,15 @@ class Engine:
                 f"[engine] gradient_checkpointing is not supported by a {type(network).__name__}; set it to false"
             )
 
+    def place(self, network: nn.Module) -> nn.Module:
+        """The network itself on this device, unless some of its weights are not read before it is sharded."""
+        later = self.sharded and any(value.is_meta for value in network.parameters())
+        return network if later else network.to(self.device)
+
     def prepare(self, network: nn.Module) -> nn.Module:
         """The network on this device, wrapped as the recipe says. Its parameters keep their names within it."""
         self.check(network)
-        network.to(self.device)
+        self.place(network)
         if self.section.gradient_checkpointing:
             cast(Any, network).checkpoint_gradients()
         if self.section.compile:
@@ -110,6 +119,8 @@ class Engine:
         # The outermost, too: by default it would stay whole after a forward pass that no backward pass follows,
         # and the next step would see the averaged weights of a sheet.
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
+        if hasattr(network, "materialise"):
+            cast(Shardable, network).materialise(self.device)
         return network
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, conditions: Conditions | None = None) -> Any:

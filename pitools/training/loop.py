@@ -43,9 +43,9 @@ class Training:
     """The recipe's section [training], or [teacher.training].
 
     steps: optimiser steps.  batch: samples a step, over all processes and accumulation steps.  accumulation: how
-    many forward and backward passes a step is split into.  ema_gamma: Karras's γ.  ema_dtype: of the averages;
-    "own" is each parameter's.  checkpoint_every, log_every, sheet_every: in steps; no sheets with 0, else one at the
-    end, too.  sheet_images: in a row of a sheet.  keep: how many checkpoints stay.
+    many forward and backward passes a step is split into.  ema_gamma: Karras's γ.  ema_dtype, ema_device: of the
+    averages; "own" is each parameter's.  checkpoint_every, log_every, sheet_every: in steps; no sheets with 0, else
+    one at the end, too.  sheet_images: in a row of a sheet.  keep: how many checkpoints stay.
     """
 
     steps: int
@@ -53,6 +53,7 @@ class Training:
     accumulation: int = 1
     ema_gamma: float = 7.0
     ema_dtype: Literal["float32", "bfloat16", "own"] = "float32"
+    ema_device: Literal["own", "cpu"] = "own"
     checkpoint_every: int = 250
     keep: int = 2
     log_every: int = 10
@@ -100,7 +101,8 @@ def train(
     plain.train()
     named = [(key, value) for key, value in plain.named_parameters() if value.requires_grad]
     optimiser = build_optimiser(section.optimiser, plain.parameters(), sharded=engine.sharded)
-    ema = EMA(plain, section.ema_gamma, EMA_DTYPES[section.ema_dtype])
+    ema_device = None if section.ema_device == "own" else section.ema_device
+    ema = EMA(plain, section.ema_gamma, EMA_DTYPES[section.ema_dtype], ema_device)
     checkpoints = folder / "checkpoints"
     start, log_state = _resume(checkpoints, named, optimiser, ema, engine, console)
     if not engine.agreed(start):

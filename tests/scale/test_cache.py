@@ -13,7 +13,7 @@ from pitools.guidance import Guidance, Teacher
 from pitools.training.errors import CheckpointError
 from pitools.training.lock import locked
 from scale.cache import Cache, Sample, collate, write_cache
-from scale.data import CachedPrompts, StubPrompts, draw_sheet
+from scale.data import CachedSamples, StubPrompts, draw_sheet
 
 SIZES = [(8, 12), (8, 8), (12, 8)]
 
@@ -77,8 +77,11 @@ def test_an_interrupted_cache_ends_in_the_same_bytes(tmp_path: Path, images: boo
     write(whole, encode=Encoder(images))
     with pytest.raises(KeyboardInterrupt):
         write(broken, encode=Encoder(images, stop))
-    with pytest.raises(CheckpointError, match=rf"broken is incomplete, {max(stop - 1, 0) // 2} of 3 shards"):
+    # Where not even the null prompt could be encoded, nothing is claimed.
+    expected = f"broken is incomplete, {(stop - 1) // 2} of 3 shards" if stop else "there is no cache in"
+    with pytest.raises(CheckpointError, match=expected):
         Cache(broken)
+    assert stop or not list(broken.iterdir())
     resumed = Encoder(images)
     write(broken, encode=resumed)
     # One call for the null prompt, two for each shard of four, one for the last, and none for what was there.
@@ -230,7 +233,7 @@ def test_without_a_mask_lengths_must_agree() -> None:
 
 def test_prompts_alone_come_with_latents_of_zeros(tmp_path: Path) -> None:
     write(tmp_path)
-    data = CachedPrompts(tmp_path, height=64, width=96)
+    data = CachedSamples(tmp_path, height=64, width=96)
     latents, conditions = data.batch([5, 3])
     assert torch.equal(latents, torch.zeros(2, 16, 8, 12))
     assert not data.has_latents
@@ -243,7 +246,7 @@ def test_prompts_alone_come_with_latents_of_zeros(tmp_path: Path) -> None:
 
 def test_the_null_prompt_replaces_a_batch_of_any_length(tmp_path: Path) -> None:
     write(tmp_path)
-    data = CachedPrompts(tmp_path, height=64, width=64)
+    data = CachedSamples(tmp_path, height=64, width=64)
     seen: list[Mapping[str, Tensor]] = []
 
     def network(x: Tensor, t: Tensor, conditions: Any = None) -> Tensor:
@@ -263,7 +266,7 @@ def test_the_null_prompt_replaces_a_batch_of_any_length(tmp_path: Path) -> None:
 def test_a_step_is_of_one_size_and_an_epoch_has_each_sample_at_most_once(tmp_path: Path) -> None:
     count, batch = 31, 3  # buckets of 11, 10 and 10: three whole batches each
     write(tmp_path, count, Encoder(images=True))
-    data = CachedPrompts(tmp_path, height=64, width=64)
+    data = CachedSamples(tmp_path, height=64, width=64)
     epochs = []
     for epoch in range(3):
         steps = [data.indices(1, 9 * epoch + step, batch, range(batch)) for step in range(9)]
@@ -279,7 +282,7 @@ def test_a_step_is_of_one_size_and_an_epoch_has_each_sample_at_most_once(tmp_pat
     left_out = [set(range(count)) - {index for own in steps for index in own} for steps in epochs]
     assert len({frozenset(out) for out in left_out}) > 1
     # A process's rows are those of the whole batch, and a fresh object has the same order.
-    fresh = CachedPrompts(tmp_path, height=64, width=64)
+    fresh = CachedSamples(tmp_path, height=64, width=64)
     assert fresh.indices(1, 4, batch, range(1, 3)) == epochs[0][4][1:]
     assert fresh.indices(2, 4, batch, range(batch)) != epochs[0][4]
     with pytest.raises(ValueError, match="batch 12 is more than there are samples of any one size, at most 11"):
@@ -287,16 +290,16 @@ def test_a_step_is_of_one_size_and_an_epoch_has_each_sample_at_most_once(tmp_pat
     with pytest.raises(ValueError, match="samples of one size"):
         data.batch([0, 1])
     with pytest.raises(ValueError, match="channels is 32, and the cache has latents of 16"):
-        CachedPrompts(tmp_path, channels=32).batch([0])
+        CachedSamples(tmp_path, channels=32).batch([0])
 
 
 def test_a_section_has_sizes_that_transformers_take(tmp_path: Path) -> None:
-    assert CachedPrompts(tmp_path, channels=32).shape == (32, 128, 128)
-    for section in (CachedPrompts, StubPrompts):
+    assert CachedSamples(tmp_path, channels=32).shape == (32, 128, 128)
+    for section in (CachedSamples, StubPrompts):
         with pytest.raises(ValueError, match="width must be a multiple of 16 pixels, got 1000"):
-            section(**({"folder": tmp_path} if section is CachedPrompts else {}), width=1000)
+            section(**({"folder": tmp_path} if section is CachedSamples else {}), width=1000)
     with pytest.raises(CheckpointError, match="write one with `pitools cache`"):
-        len(CachedPrompts(tmp_path))
+        len(CachedSamples(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["qwen", "flux", "flux2", "dit"])

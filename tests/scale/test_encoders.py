@@ -1,6 +1,7 @@
 """Encoders against the pipelines' own: text as they pad it, latents as they normalise them, on tiny random models."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +18,9 @@ from transformers import BatchEncoding
 
 from pitools.training.errors import CheckpointError
 from scale.cache import Cache, collate
-from scale.data import CachedPrompts
-from scale.encoders import Encoder, bucket_of, build_cache, encoder_for, family_of, image_size
+from scale.data import CachedSamples
+from scale.dit import DiT
+from scale.encoders import Encoder, bucket_of, build_cache, build_class_cache, encoder_for, family_of, image_size
 
 KINDS = ["qwen", "flux", "flux2"]
 PROMPTS = ["a fox", "", "a much longer prompt about two cats"]
@@ -243,7 +245,7 @@ def test_a_cache_is_built_from_weights_on_disk(saved: Path, tmp_path: Path, monk
     torch.testing.assert_close(cache[1]["latents"], encoder.encode_images([tmp_path / "1.png"], 96, 64)[0])
     torch.testing.assert_close(cache.null["encoder_hidden_states"], encoder.encode([""])[0]["encoder_hidden_states"])
 
-    data = CachedPrompts(tmp_path / "cache", height=64, width=96)
+    data = CachedSamples(tmp_path / "cache", height=64, width=96)
     assert data.has_latents
     assert data.backbone == "flux"
     latents, conditions = data.batch(data.indices(0, 0, 2, range(2)))
@@ -267,3 +269,120 @@ def test_weights_that_cannot_be_had(tmp_path: Path) -> None:
         encoder_for(str(tmp_path / "nothing"), "flux", "cpu", torch.float32)
     with pytest.raises(ValueError, match="kind must be one of qwen, flux, flux2, got 'dit'"):
         encoder_for(str(tmp_path), "dit", "cpu", torch.float32)
+
+
+# Images of classes.
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """A folder with three images of noise in each of three classes, and what else lies in such folders."""
+    generator = torch.Generator().manual_seed(0)
+    for place, name in enumerate(["n01", "n02", "n03"]):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = torch.randint(256, (70 + place, 90 + number, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / ".cache").mkdir()
+    (tmp_path / "images" / "n01" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+@pytest.fixture(scope="module")
+def saved_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random VAE as Stable Diffusion's, in a folder as diffusers saves them."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    AutoencoderKL(latent_channels=4, **PYRAMID).save_pretrained(folder)
+    return folder
+
+
+def test_images_of_classes_are_cached_with_their_labels(
+    classes: Path, saved_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(folder: str = "cache", **changes: Any) -> Cache:
+        options: dict[str, Any] = {"images": classes, "height": 64, "width": 64, "vae": str(saved_vae)}
+        return build_class_cache(3, tmp_path / folder, **{**options, "batch_size": 4, **changes})
+
+    cache = build()
+    assert [int(cache[index]["class_labels"]) for index in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert cache.sizes is not None
+    assert cache.sizes.tolist() == [[8, 8]] * 9
+    # The middle of the image, scaled to 64 pixels of its shorter side, by the VAE itself.
+    vae: Any = AutoencoderKL.from_pretrained(saved_vae)
+    with Image.open(classes / "n02" / "1.png") as image, torch.no_grad():
+        width = image.width * 64 // image.height
+        left = width // 2 - 32
+        square = image.resize((width, 64), Image.Resampling.LANCZOS).crop((left, 0, left + 64, 64))
+        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(1, 64, 64, 3).movedim(-1, 1)
+        expected = 0.18215 * vae.encode(pixels / 127.5 - 1).latent_dist.mean[0]
+    torch.testing.assert_close(cache[4]["latents"], expected, atol=1e-5, rtol=1e-5)
+
+    data = CachedSamples(tmp_path / "cache", height=64, width=64, channels=4)
+    assert (data.backbone, data.classes, data.has_latents) == ("dit", 3, True)
+    latents, conditions = data.batch([8, 0])
+    assert latents.shape == (2, 4, 8, 8)
+    assert conditions.keys() == {"class_labels"}
+    assert conditions["class_labels"].tolist() == [2, 0]
+    assert conditions["class_labels"].dtype == torch.int64
+    assert data.null_conditions["class_labels"].tolist() == [3]
+    with pytest.raises(ValueError, match="height x width is 128 x 128, and the cache has images of 64 x 64"):
+        CachedSamples(tmp_path / "cache", height=128, width=128, channels=4).indices(0, 0, 4, [0])
+
+    monkeypatch.setattr("scale.encoders.image_encoder_for", None)  # a complete cache needs none
+    assert len(build()) == 9
+    with pytest.raises(CheckpointError, match="holds another cache: it differs in size; choose another folder"):
+        build(height=32, width=32)
+
+
+def test_labels_alone_need_neither_images_nor_a_vae(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scale.encoders.image_encoder_for", None)
+    cache = build_class_cache(5, tmp_path)
+    assert [int(cache[index]["class_labels"]) for index in range(len(cache))] == [0, 1, 2, 3, 4]
+    data = CachedSamples(tmp_path, height=256, width=256, channels=4)
+    latents, conditions = data.batch([4, 1])
+    assert torch.equal(latents, torch.zeros(2, 4, 32, 32))
+    assert conditions["class_labels"].tolist() == [4, 1]
+    assert not data.has_latents
+
+
+def test_a_vae_that_does_not_fit_leaves_nothing_behind(classes: Path, saved_vae: Path, tmp_path: Path) -> None:
+    other = tmp_path / "transformer"
+    DiT(size=8, layers=1, heads=1, head_width=4, weights="random").teacher(
+        torch.Generator()
+    ).transformer.save_pretrained(other)
+    cases = {
+        r"vae '.*transformer' cannot be loaded: it is a DiTTransformer2DModel, not an AutoencoderKL": (other, 4),
+        r"vae '.*nothing' cannot be loaded": (tmp_path / "nothing", 4),
+        r"makes latents \(4, 8, 8\) of 64 x 64 pixels, and \(16, 8, 8\) are needed": (saved_vae, 16),
+    }
+    for number, (message, (vae, channels)) in enumerate(cases.items()):
+        folder = tmp_path / f"cache-{number}"
+        options: dict[str, Any] = {"height": 64, "width": 64, "vae": str(vae), "channels": channels}
+        with pytest.raises(ValueError, match=message):
+            build_class_cache(3, folder, images=classes, **options)
+        assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "text"])
+def test_an_image_that_cannot_be_read_is_named_and_replaced(
+    classes: Path, saved_vae: Path, tmp_path: Path, damage: str
+) -> None:
+    broken = classes / "n03" / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"no image at all")
+    options: dict[str, Any] = {"images": classes, "height": 64, "width": 64, "vae": str(saved_vae)}
+    with pytest.raises(ValueError, match=r"the image .*n03/1\.png cannot be read \(.*; replace it or leave it out"):
+        build_class_cache(3, tmp_path / "cache", **options)
+    broken.write_bytes(whole)
+    assert len(build_class_cache(3, tmp_path / "cache", **options)) == 9
+
+
+def test_encoders_of_another_family_are_refused(saved: Path, tmp_path: Path) -> None:
+    other = tmp_path / "qwen"
+    shutil.copytree(saved, other)
+    index = json.loads((other / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "QwenImageTransformer2DModel"]
+    (other / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="they are those of a QwenImageTransformer2DModel, not of a FluxTransformer2D"):
+        encoder_for(str(other), "flux", "cpu", torch.float32)

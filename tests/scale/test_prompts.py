@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scale.prompts import Record, read_prompts, read_records
+from scale.prompts import Record, read_classes, read_prompts, read_records
 
 PROMPTS = ["a red fox", "两只猫", 'quotes " and, commas', "a\u2028line separator inside"]
 
@@ -136,3 +136,28 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     latin.write_bytes("één".encode("latin-1"))
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         read_prompts(latin)
+
+
+def test_classes_are_numbered_by_the_names_of_their_folders(tmp_path: Path) -> None:
+    files = [
+        "n02/b.JPEG",
+        "n02/a.png",
+        "n10/c.webp",
+        "n01/d.jpg",
+        "n01/.hidden.jpg",
+        "n01/list.txt",
+        ".git/e.png",
+        "f.png",
+    ]
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    found = [(each.label, str(each.image.relative_to(tmp_path))) for each in read_classes(tmp_path, 3) if each.image]
+    assert found == [(0, "n01/d.jpg"), (1, "n02/a.png"), (1, "n02/b.JPEG"), (2, "n10/c.webp")]
+    with pytest.raises(ValueError, match="must have a subfolder for each of 1000 classes, got 3 subfolders"):
+        read_classes(tmp_path, 1000)
+    with pytest.raises(ValueError, match=r"the folder of images '.*f\.png' is not there"):
+        read_classes(tmp_path / "f.png", 3)
+    (tmp_path / "empty" / "one").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has subfolders without images"):
+        read_classes(tmp_path / "empty", 1)

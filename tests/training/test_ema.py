@@ -3,12 +3,20 @@
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from recipes import tiny
+from rich.console import Console
 from torch import nn
 
-from pitools.training import EMA, CheckpointError
+from pitools.training import EMA, CheckpointError, keyed_generator, loop
+from pitools.training.config import RecipeError
+from pitools.training.distillation import check_engine
+from pitools.training.engine import Engine, EngineSection
+from pitools.training.jobs import FlowMatching
+from pitools.training.recipe import plan
 
 
 def linear(dtype: torch.dtype = torch.float64) -> nn.Linear:
@@ -188,6 +196,11 @@ with ema.applied(sharded):
     assert equal(gathered(dict(sharded.named_parameters())), dict(plain.named_parameters()))
     assert not equal(gathered(dict(sharded.named_parameters())), own)
 assert equal(gathered(dict(sharded.named_parameters())), own)
+try:
+    EMA(sharded, device="cpu")
+    raise SystemExit("a device was taken for sharded weights")
+except ValueError as error:
+    assert "device must be None" in str(error)
 resumed = EMA(sharded)
 resumed.load_state_dict(gathered(ema.state_dict()))
 assert isinstance(resumed.averages["0.weight"], DTensor)
@@ -201,3 +214,79 @@ def test_the_average_of_sharded_weights_is_that_of_whole_ones() -> None:
     run = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "as unsharded"
+
+
+def trajectory(ema: EMA, layer: nn.Linear) -> None:
+    for step in range(6):
+        with torch.no_grad():
+            layer.weight.mul_(0.9).add_(0.01 * step)
+            layer.bias.add_(0.1)
+        ema.update(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_averages_on_the_cpu_are_those_on_the_weights_own_device(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    layer = linear(torch.bfloat16)
+    other = copy.deepcopy(layer)
+    own, placed = EMA(layer, dtype=dtype), EMA(other, dtype=dtype, device="cpu")
+    trajectory(own, layer)
+    trajectory(placed, other)
+    for name, average in placed.averages.items():
+        assert average.device.type == "cpu"
+        assert torch.equal(average, own.averages[name])
+    with placed.applied(other), own.applied(layer):
+        assert torch.equal(other.weight, layer.weight)
+
+
+def test_averages_live_where_they_are_told_to() -> None:
+    layer = linear(torch.bfloat16)
+    ema = EMA(layer, device="meta")  # the one other device that is everywhere; it has no values
+    trajectory(ema, layer)
+    assert layer.weight.device.type == "cpu"
+    for name, average in ema.averages.items():
+        assert (average.device.type, average.dtype) == ("meta", torch.float32)
+        assert average.shape == getattr(layer, name).shape
+    ema.load_state_dict(EMA(layer).state_dict())
+    assert ema.averages["weight"].device.type == "meta"
+
+
+def test_a_recipe_says_where_averages_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    class Seen(EMA):
+        def __init__(self, module: nn.Module, gamma: float, dtype: torch.dtype | None, device: str | None) -> None:
+            asked.append(device)
+            super().__init__(module, gamma, dtype, device)
+
+    monkeypatch.setattr(loop, "EMA", Seen)
+    weights = [
+        loop.train(
+            FlowMatching(digits.backbone.teacher(keyed_generator(0, "a")), digits.data.null_conditions),
+            digits.recipe.training,
+            digits.data,
+            Engine(digits.recipe.engine),
+            seed=0,
+            folder=tmp_path / place,
+            name="a",
+            console=Console(quiet=True),
+        )
+        for place in ("own", "cpu")
+        for digits in [plan(tiny(**{"training.ema_device": place}), "recipe")]
+    ]
+    assert asked == [None, "cpu"]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_sharded_averages_cannot_be_placed() -> None:
+    engine = Engine(EngineSection(device="cpu", parallel="fsdp2"))
+    engine.world = 2
+    assert engine.sharded
+    check_engine(plan(tiny(), "recipe"), engine)
+    for section in ("training", "teacher.training"):
+        with pytest.raises(RecipeError, match=rf'^\[{section}\] ema_device = "cpu" .*use "own"') as refused:
+            check_engine(plan(tiny(**{f"{section}.ema_device": "cpu"}), "recipe"), engine)
+        assert "\n" not in str(refused.value)
+    engine.world = 1
+    check_engine(plan(tiny(**{"training.ema_device": "cpu"}), "recipe"), engine)
