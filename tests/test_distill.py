@@ -133,7 +133,7 @@ def test_the_recipe_in_the_folder_is_the_recipe(trained: tuple[Folder, Run]) -> 
     written = tomllib.loads((folder.path / "runs" / "recipe" / "recipe.toml").read_text())
     resolved = plan(TWO, "recipe").table
     differing = changed_keys(resolved, written)
-    assert all(name.startswith(("engine.", "run.out")) for name in differing)
+    assert all(name.startswith(("engine.", "run.out", "training.ema_device")) for name in differing)
     assert written["training"]["optimiser"]["betas"] == [0.9, 0.95]  # a default, filled in
 
 

@@ -99,15 +99,21 @@ def distill(plan: Plan, console: Console) -> None:
     check_engine(plan, engine)
     engine.on_main(lambda: check_folder(plan))
     check_data(plan)
-    untrained = _new_teacher(plan)  # before anything is written: sizes that no network can have are told here
+    # Before anything is written: sizes that no network can have are told here.
+    untrained = _new_teacher(plan, engine.sharded)
     engine.check(untrained)
     engine.on_main(lambda: claim(plan))
 
     with ExitStack() as held, stopping(f"{plan.out.name} stopped outside training"):
         engine.on_main(lambda: held.enter_context(locked(plan.out, lambda: _refuse_second(plan))))
         teacher_network = _teacher(plan, untrained, engine, console)
+        del untrained  # a second student's teacher may take its place
         teacher = Teacher(partial(engine.call, teacher_network), recipe.teacher.guidance, plan.data.null_conditions)
-        for member in members(plan):
+        for count, member in enumerate(members(plan)):
+            if engine.sharded and count and recipe.teacher.training is None:
+                # The student before has sharded its teacher's weights, where it shares them: they are read anew.
+                teacher_network = _teacher(plan, _new_teacher(plan, sharded=True), engine, console)
+                teacher = replace(teacher, network=partial(engine.call, teacher_network))
             _student(plan, member, teacher_network, teacher, engine, console)
         if engine.main:
             _finish(plan, teacher, teacher_network, engine, start, console)
@@ -316,10 +322,16 @@ def _refuse_second(plan: Plan) -> None:
     raise RecipeError(f"{plan.out} is being written by another run; wait for it, or use --set run.out=...")
 
 
-def _new_teacher(plan: Plan) -> nn.Module:
-    """The teacher's network as it starts. `RecipeError` for sizes that it cannot have."""
+def _new_teacher(plan: Plan, sharded: bool = False) -> nn.Module:
+    """The teacher's network as it starts. `RecipeError` for sizes that it cannot have.
+
+    sharded: whether students are; then weights may be left unread until one that shares them is.
+    """
+    make = plan.backbone.teacher
+    if sharded:
+        make = getattr(plan.backbone, "sharded_teacher", make)
     try:
-        return plan.backbone.teacher(keyed_generator(plan.recipe.teacher.seed, "teacher weights"))
+        return make(keyed_generator(plan.recipe.teacher.seed, "teacher weights"))
     except ValueError as error:
         raise RecipeError(f"[backbone] {error}") from error
 
@@ -328,7 +340,7 @@ def _teacher(plan: Plan, network: nn.Module, engine: Engine, console: Console) -
     """The teacher's network, frozen: as it comes, or from the cache, or trained into it."""
     section = plan.recipe.teacher
     if section.training is None:
-        return frozen(network).to(engine.device)
+        return engine.place(frozen(network))
     folder = plan.out.parent / "teachers" / plan.teacher_hash
     path = folder / "teacher.safetensors"
     waiting = partial(_tell, console, f"Waiting for another run, which trains the teacher in {folder}")

@@ -35,6 +35,8 @@ class Backbone(Protocol):
     networks take a guidance scale as the condition "guidance".
     `outline()`, the teacher without any weights in memory, for a dry run.  `tiny()`, the same section for networks
     of next to no size, and `stub`, the table of a [data] section for those: what `--tiny` takes.
+    `sharded_teacher(generator)`, asked for in the place of `teacher` where FSDP2 shards students: its parameters may be
+    on the meta device until the `materialise(device)` of a student's network that shares them.
     """
 
     @property

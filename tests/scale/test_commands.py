@@ -94,7 +94,7 @@ def test_a_dit_is_distilled_from_labels_alone(commands: Commands, folder: Path) 
     assert "Wrote 2 samples" in cached.out
     assert commands([*DISTILL, data_free], folder).code == 0
     refused = commands([*DISTILL, "--set=run.out=other"], folder)
-    assert "starts from images" in told(refused)
+    assert "starts from them" in told(refused)
     assert not (folder / "other").exists()
 
 
