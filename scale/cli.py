@@ -173,15 +173,17 @@ def export(
 
 def sample(
     target: Annotated[str, typer.Argument(help="A run, an adapter's folder or file, or its hub id.")],
-    prompt: Annotated[list[str], typer.Option(help="May be repeated.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    label: Annotated[list[int] | None, typer.Option(help="Of a DiT, a class; may be repeated.")] = None,
     nfe: Annotated[int | None, typer.Option(min=1, help="Network evaluations; by default the trained ones.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Of the adapter.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Hub id or folder of the base's pipeline; by default the one that is known.")
     ] = None,
+    vae: Annotated[str | None, typer.Option(help="Of a DiT: hub id or folder of an AutoencoderKL.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt or label.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first image; each has its own.")] = 0,
     renoise: Annotated[float, typer.Option(min=0, help="Strength of fresh noise between steps; 0 is the ODE.")] = 0.0,
     guidance: Annotated[float | None, typer.Option(help="Embedded scale; by default the trained one.")] = None,
@@ -201,14 +203,18 @@ def sample(
 
         pitools sample Lakonik/pi-Qwen-Image --subfolder gmqwen_k8_piid_4step --prompt "a red fox" --prompt "an owl"
 
+        pitools sample runs/dit-gm-repa-k32 --label 207 --label 88 --per-prompt 4
+
         pitools sample my-adapter --prompt "a red fox" --width 1536 --height 1024 --per-prompt 4 --quantise nf4
     """
     with _told():
         from rich.console import Console
 
+        from scale.classes import sample_classes
         from scale.data import check_size
+        from scale.encoders import IMAGENET_VAE
         from scale.pipelines import sample_images
-        from scale.sampling import pipeline_with
+        from scale.sampling import classes_with, pipeline_with
 
         # Before a large base is loaded.
         _check_writable(out)
@@ -216,6 +222,30 @@ def sample(
             if pixels is not None:
                 check_size(name, pixels)
         console = Console()
+        if (prompt is None) == (label is None):
+            raise ValueError("give --prompt, or --label for a DiT, and not both")
+        if label is not None:
+            if any(value is not None for value in (height, width, base, guidance)):
+                raise ValueError("--height, --width, --base and --guidance are for prompts; a DiT has its own size")
+            classes = classes_with(
+                target,
+                subfolder=subfolder,
+                vae=vae or IMAGENET_VAE,
+                device=_device(device),
+                console=console,
+            )
+            sample_classes(
+                classes,
+                label,
+                nfe=nfe,
+                seed=seed,
+                per_label=per_prompt,
+                renoise=renoise,
+                force=force,
+                out=out,
+                console=console,
+            )
+            return
         pipe = pipeline_with(
             target,
             subfolder=subfolder,
@@ -227,7 +257,7 @@ def sample(
         )
         sample_images(
             pipe,
-            prompt,
+            prompt or [],
             nfe=nfe,
             seed=seed,
             height=height,

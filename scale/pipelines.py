@@ -110,7 +110,7 @@ class PiQwenImagePipeline(QwenImagePipeline):
             prompt_embeds_mask=prompt_embeds_mask,
             max_sequence_length=max_sequence_length,
         )
-        student, nfe = _student(self), _steps(self, num_inference_steps, force)
+        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
         guidance = _guidance(self, guidance_scale, force)
         text, mask = self.encode_prompt(
             prompt,
@@ -182,7 +182,7 @@ class PiFluxPipeline(FluxPipeline):
             pooled_prompt_embeds=pooled_prompt_embeds,
             max_sequence_length=max_sequence_length,
         )
-        student, nfe = _student(self), _steps(self, num_inference_steps, force)
+        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
         guidance = _guidance(self, guidance_scale, force)
         text, pooled, _ = self.encode_prompt(
             prompt,
@@ -244,7 +244,7 @@ class PiFlux2Pipeline(Flux2Pipeline):
         _check_output(output_type)
         height, width = _size(self, height, width)
         self.check_inputs(prompt, height, width, prompt_embeds=prompt_embeds)
-        student, nfe = _student(self), _steps(self, num_inference_steps, force)
+        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
         guidance = _guidance(self, guidance_scale, force)
         text, _ = self.encode_prompt(prompt, prompt_embeds=prompt_embeds, max_sequence_length=max_sequence_length)
         conditions = _conditions({"encoder_hidden_states": text}, num_images_per_prompt, guidance)
@@ -309,7 +309,7 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _steps(pipe: Any, asked: int | None, force: bool) -> int:
+def steps_of(pipe: Any, asked: int | None, force: bool) -> int:
     """Network evaluations: as many as the student was trained for or, with elastic pipelines, more."""
     own: int = pipe.student.schedule.nfe
     steps = own if asked is None else asked
@@ -488,9 +488,8 @@ def sample_images(
         raise ValueError(f"there is nothing to sample for {len(prompts)} prompts with {per_prompt} images each")
     _size(pipe, height, width)
     _student(pipe)
-    steps, scale = _steps(pipe, nfe, force), _guidance(pipe, guidance, force)
+    steps, scale = steps_of(pipe, nfe, force), _guidance(pipe, guidance, force)
     out.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
     images: list[Any] = []
     for prompt in prompts:
         seeds = [seed + len(images) + i for i in range(per_prompt)]
@@ -505,22 +504,28 @@ def sample_images(
             generator=[torch.Generator().manual_seed(own) for own in seeds],
             renoise=renoise,
         ).images
-        for own, image in zip(seeds, images[-per_prompt:], strict=True):
-            paths.append(out / f"{own - seed:04d}.png")
-            image.save(paths[-1])
+    settings = {"pipeline": type(pipe).__name__, "nfe": steps, "guidance": scale, "renoise": renoise}
+    return write_images(out, images, "prompt", prompts, seed, settings, console)
+
+
+def write_images(
+    out: Path,
+    images: Sequence[Any],
+    key: str,
+    asked: Sequence[object],
+    seed: int,
+    settings: Mapping[str, object],
+    console: Console,
+) -> list[Path]:
+    """Write images as PNG files, as many for each of what was `asked`, and what `sample_images` says beside them."""
+    each = len(images) // len(asked)
+    paths = [out / f"{i:04d}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
     if len(images) > 1:
-        make_image_grid(images, rows=len(prompts), cols=per_prompt).save(out / "sheet.png")
-    settings = {
-        "pipeline": type(pipe).__name__,
-        "nfe": steps,
-        "guidance": scale,
-        "renoise": renoise,
-        "height": images[0].height,
-        "width": images[0].width,
-        "images": [
-            {"file": path.name, "prompt": prompts[i // per_prompt], "seed": seed + i} for i, path in enumerate(paths)
-        ],
-    }
-    (out / "samples.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        make_image_grid(list(images), rows=len(asked), cols=each).save(out / "sheet.png")
+    rows = [{"file": path.name, key: asked[i // each], "seed": seed + i} for i, path in enumerate(paths)]
+    told = {**settings, "height": images[0].height, "width": images[0].width, "images": rows}
+    (out / "samples.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"Wrote {len(paths)} image{'s' if len(paths) > 1 else ''} to {out}/.", highlight=False)
     return paths

@@ -12,9 +12,13 @@ from pitools.training.distillation import build_student
 from pitools.training.random import keyed_generator
 from scale.adapted import Base
 from scale.backbone import TextToImage
+from scale.classes import PiDiTPipeline
+from scale.dit import DiT, DiTPolicy
+from scale.encoders import IMAGENET_VAE, image_encoder_for
 from scale.export import found_student, student_weights
 from scale.pipelines import PIPELINES, PiPipeline, pipeline_for
 from scale.published import WEIGHTS, base_class, load_weights
+from scale.whole import give, load_whole
 
 Quantisation = Literal["none", "nf4", "int8", "fp8"]
 
@@ -37,8 +41,7 @@ def pipeline_with(
     Raises what `found_student`, `pipeline_for` and `load_adapter` raise.
     """
     path = Path(target)
-    of_student = (path.parent / "recipe.toml").is_file() and path.is_dir() and not (path / WEIGHTS).is_file()
-    if (path / "recipe.toml").is_file() or of_student:
+    if is_of_run(path):
         if subfolder is not None:
             raise ValueError(f"subfolder {subfolder!r} is of an adapter, and {path} is a run; name RUN/STUDENT instead")
         return _of_run(path, base, quantise, dtype, device, console)
@@ -51,6 +54,45 @@ def pipeline_with(
         _tell_tiny(console)
     pipe.load_pi_adapter(target, subfolder)
     return pipe
+
+
+def classes_with(
+    target: str | Path,
+    *,
+    subfolder: str | None = None,
+    vae: str = IMAGENET_VAE,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
+) -> PiDiTPipeline:
+    """A student of the DiT and the VAE: of a run (its averaged weights), or as `scale.whole` and the hub have it.
+
+    target, subfolder: as of `pipeline_with`.  vae: hub id or folder of an `AutoencoderKL`, or "tiny" for a stub.
+    Raises what `found_student`, `load_whole` and `image_encoder_for` raise.
+    """
+    path = Path(target)
+    if is_of_run(path):
+        planned, member = found_student(path)
+        if not isinstance(planned.backbone, DiT):
+            raise ValueError(f"{path} is a run of a {type(planned.backbone).__name__}, which takes prompts, not labels")
+        student = build_student(planned, member, planned.backbone.outline())
+        give(cast(DiTPolicy, student.network), student_weights(member))
+    else:
+        student = load_whole(target, subfolder)
+    network = cast(DiTPolicy, student.network)
+    network.eval().to(device)
+    if vae != "tiny":
+        return PiDiTPipeline(student, image_encoder_for(vae, device).vae)
+    from scale.stubs import StubVAE
+
+    if console is not None:
+        console.print("A stub of a VAE: the images show nothing.")
+    return PiDiTPipeline(student, StubVAE(network.transformer.config.in_channels).to(device))
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a path is a run's folder, or that of one of its students, and not an exported one."""
+    of_student = (path.parent / "recipe.toml").is_file() and path.is_dir() and not (path / WEIGHTS).is_file()
+    return (path / "recipe.toml").is_file() or of_student
 
 
 def _of_run(
