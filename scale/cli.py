@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
@@ -53,6 +53,9 @@ def cache(
     column: Annotated[str, typer.Option(help="The prompts' column or key.")] = "prompt",
     image_column: Annotated[str, typer.Option(help="The images' column or key.")] = "image",
     null_prompt: Annotated[str, typer.Option(help="What stands for no prompt in a teacher's guidance.")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many prompts.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or images of classes, encoded at once.")] = 8,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key of the recipe.", metavar="KEY=VALUE")
@@ -135,6 +138,7 @@ def cache(
                 column=column,
                 image_column=image_column,
                 revision=backbone.revision,
+                limit=limit,
                 console=console,
             )
         console.print(f"Wrote {len(built):,} samples to {data.folder}/", markup=False, highlight=False, soft_wrap=True)
@@ -190,7 +194,12 @@ def sample(
     force: Annotated[
         bool, typer.Option("--force", help="Allow guidance and steps that it was not trained for.")
     ] = False,
-    quantise: Annotated[Quantisation, typer.Option(help="The base's linear layers.")] = Quantisation.none,
+    quantise: Annotated[
+        Quantisation | None, typer.Option(help="The base's linear layers; by default the run's, or none.")
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep on the GPU only what computes: slower, in less memory.")
+    ] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the base; by default bf16, or the run's.")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
@@ -250,7 +259,8 @@ def sample(
             target,
             subfolder=subfolder,
             base=base,
-            quantise=None if quantise is Quantisation.none else cast(Literal["nf4", "int8", "fp8"], quantise.value),
+            quantise=None if quantise is None else quantise.value,
+            offload=offload,
             dtype=None if dtype is None else dtype.value,
             device=_device(device),
             console=console,

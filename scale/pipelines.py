@@ -48,6 +48,7 @@ from pitools.sampling import Look, sample
 from scale import flux, flux2
 from scale.adapted import ADAPTER, AdaptedPolicy, pack, unpack
 from scale.backbone import DTYPES, Flux, Flux2, QwenImage, TextToImage
+from scale.quantise import Quantisation
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -421,17 +422,22 @@ def pipeline_for(
     weights: str | None = None,
     dtype: Literal["bf16", "float32"] = "bf16",
     device: torch.device | str = "cpu",
-    quantise: Literal["none", "nf4", "int8", "fp8"] = "none",
+    quantise: Quantisation = "none",
     generator: torch.Generator | None = None,
     revision: str | None = None,
+    offload: bool = False,
 ) -> PiPipeline:
     """The pipeline of a backbone, without a student.
 
     kind: "qwen", "flux" or "flux2".  weights: hub id or folder of a diffusers pipeline, None for the backbone's own,
     or "tiny" for random ones between stubs (`scale.stubs`), drawn from `generator`, which lives on the CPU.
-    quantise: of the transformer's linear layers.  revision: of a hub id.
-    Raises `ValueError` for an unknown kind, for weights that cannot be had, and for a pipeline of another backbone.
+    quantise: of the transformer's linear layers.  revision: of a hub id.  offload: keep on the device only the model
+    that computes.
+    Raises `ValueError` for an unknown kind, for offloading to the CPU, for weights that cannot be had, and for a
+    pipeline of another backbone.
     """
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("offload keeps models on the CPU until they are needed elsewhere, and the device is the CPU")
     if kind not in PIPELINES:
         raise ValueError(f"kind must be one of {', '.join(PIPELINES)}, got {kind!r}")
     section_class, pipeline_class = PIPELINES[kind]
@@ -460,6 +466,9 @@ def pipeline_for(
             )
         except OSError as error:
             raise ValueError(f"weights {section.weights!r} cannot be loaded: {error}") from error
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return cast(PiPipeline, pipe)
     return cast(PiPipeline, pipe.to(device))
 
 

@@ -34,7 +34,7 @@ from pitools.training.checkpoint import CONTENTS, check_keys, read_tensors, writ
 from pitools.training.errors import CheckpointError
 from pitools.types import Schedule
 from scale import flux, flux2
-from scale.adapted import ADAPTER, PATCH, AdaptedPolicy, Base, Heads, LoRA, lora_off
+from scale.adapted import ADAPTER, PATCH, AdaptedPolicy, Base, Heads, LoRA, computes_in, lora_off
 from scale.backbone import backbone_of
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -141,14 +141,14 @@ def load_adapter(
     subfolder: str | None = None,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> NetworkStudent:
     """A student on the given transformer, from a published adapter: in evaluation mode, ready to sample.
 
     base_transformer: of diffusers, in any dtype, quantised or not, or the `Base` of one, which can teach beside the
     student. It takes the adapter's LoRA, and an earlier student's is taken off.
     path_or_hub_id: a folder, one .safetensors file, or a repository of the hub.  subfolder: of either.  revision: of
-    the repository.  dtype: of LoRA, norm and heads.
+    the repository.  dtype: of LoRA, norm and heads; None for the one in which the base computes.
     Raises `ValueError` for a file that cannot be had, that is damaged or has values that are not finite; for another
     base, or one with fused LoRA; and for keys or sizes that do not fit. Then the transformer is as it was. Where
     metadata and name leave the schedule or the policy open, one warning is logged of what was assumed.
@@ -161,6 +161,7 @@ def load_adapter(
     transformer: Any = base_transformer.transformer if given else base_transformer
     backbone = backbone_of(transformer)
     with lora_off(transformer):  # a `ValueError` where LoRA is fused into it
+        dtype = dtype or computes_in(transformer)
         read = _fitted(read_file(path_or_hub_id, subfolder, revision), transformer, dtype)
 
     base = base_transformer if given else Base(transformer, backbone.form)
