@@ -192,7 +192,8 @@ class AdaptedPolicy(nn.Module):
         hidden, embedding = self._tap.take()
         dtype = self.heads.velocities.weight.dtype
         hidden, embedding = hidden.to(dtype), embedding.to(dtype)
-        return cast(Outputs, self.heads(self.norm_out(hidden, embedding), embedding, x_src.shape[-2] // PATCH))
+        with torch.autocast(x_src.device.type, enabled=False):
+            return cast(Outputs, self.heads(self.norm_out(hidden, embedding), embedding, x_src.shape[-2] // PATCH))
 
     def checkpoint_gradients(self) -> None:
         """Recompute the blocks' activations in the backward pass instead of storing them."""
@@ -252,13 +253,23 @@ def _velocity(transformer: Any, form: Form, x: Tensor, t: Tensor, conditions: Co
             f"latents must have {transformer.config.in_channels // PATCH**2} channels, got {tuple(x.shape)}"
         )
     rows, columns = x.shape[-2] // PATCH, x.shape[-1] // PATCH
-    dtype = transformer.proj_out.weight.dtype  # the transformer's own attribute may tell that of LoRA
+    dtype = computes_in(transformer)
     given = {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in conditions.items()
     }
     tokens = form.tokens(transformer, packed.to(dtype), t, (rows, columns), given)
     return unpack(tokens, rows)
+
+
+def computes_in(transformer: Any) -> torch.dtype:
+    """The dtype of its first weight that is neither quantised nor LoRA's; its own attribute may tell LoRA's."""
+    weights: Iterator[tuple[str, Tensor]] = transformer.named_parameters()
+    return next(
+        value.dtype
+        for name, value in weights
+        if value.is_floating_point() and value.element_size() > 1 and ".lora_" not in name
+    )
 
 
 def add_lora(

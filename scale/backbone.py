@@ -100,8 +100,10 @@ class TextToImage:
 
         Random and quantised ones are whole at first. `ValueError` for weights that cannot be had, or not sharded.
         """
-        if self.quantise == "int8":
-            raise ValueError('quantise = "int8" cannot be sharded; use "nf4" or "fp8", or parallel = "ddp" in [engine]')
+        if self.quantise in ("int8", "fp8"):  # diffusers' casts would leave a whole copy of fp8 weights behind
+            raise ValueError(
+                f'quantise = "{self.quantise}" cannot be sharded; use "nf4", or parallel = "ddp" in [engine]'
+            )
         if self.weights in ("random", "tiny") or self.quantise != "none":
             return self.teacher(generator)
         try:
@@ -139,6 +141,7 @@ class TextToImage:
 
     def stored_bytes(self, name: str, value: Tensor) -> int:
         """What a parameter of the frozen base takes, quantised as this section says."""
+        name = name.removeprefix("transformer.")
         matrix = value.ndim == 2 and not name.startswith(("norm_out.", "proj_out."))
         if self.quantise == "fp8" and "norm" in name:  # diffusers leaves such modules alone
             matrix = False

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
@@ -53,6 +53,9 @@ def cache(
     column: Annotated[str, typer.Option(help="The prompts' column or key.")] = "prompt",
     image_column: Annotated[str, typer.Option(help="The images' column or key.")] = "image",
     null_prompt: Annotated[str, typer.Option(help="What stands for no prompt in a teacher's guidance.")] = "",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many prompts.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts, or images of classes, encoded at once.")] = 8,
     assign: Annotated[
         list[str] | None, typer.Option("--set", help="Change a key of the recipe.", metavar="KEY=VALUE")
@@ -135,6 +138,7 @@ def cache(
                 column=column,
                 image_column=image_column,
                 revision=backbone.revision,
+                limit=limit,
                 console=console,
             )
         console.print(f"Wrote {len(built):,} samples to {data.folder}/", markup=False, highlight=False, soft_wrap=True)
@@ -173,22 +177,29 @@ def export(
 
 def sample(
     target: Annotated[str, typer.Argument(help="A run, an adapter's folder or file, or its hub id.")],
-    prompt: Annotated[list[str], typer.Option(help="May be repeated.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    label: Annotated[list[int] | None, typer.Option(help="Of a DiT, a class; may be repeated.")] = None,
     nfe: Annotated[int | None, typer.Option(min=1, help="Network evaluations; by default the trained ones.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Of the adapter.")] = None,
     base: Annotated[
         str | None, typer.Option(help="Hub id or folder of the base's pipeline; by default the one that is known.")
     ] = None,
+    vae: Annotated[str | None, typer.Option(help="Of a DiT: hub id or folder of an AutoencoderKL.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt.")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt or label.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first image; each has its own.")] = 0,
     renoise: Annotated[float, typer.Option(min=0, help="Strength of fresh noise between steps; 0 is the ODE.")] = 0.0,
     guidance: Annotated[float | None, typer.Option(help="Embedded scale; by default the trained one.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Allow guidance and steps that it was not trained for.")
     ] = False,
-    quantise: Annotated[Quantisation, typer.Option(help="The base's linear layers.")] = Quantisation.none,
+    quantise: Annotated[
+        Quantisation | None, typer.Option(help="The base's linear layers; by default the run's, or none.")
+    ] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep on the GPU only what computes: slower, in less memory.")
+    ] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the base; by default bf16, or the run's.")] = None,
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
@@ -201,14 +212,18 @@ def sample(
 
         pitools sample Lakonik/pi-Qwen-Image --subfolder gmqwen_k8_piid_4step --prompt "a red fox" --prompt "an owl"
 
+        pitools sample runs/dit-gm-repa-k32 --label 207 --label 88 --per-prompt 4
+
         pitools sample my-adapter --prompt "a red fox" --width 1536 --height 1024 --per-prompt 4 --quantise nf4
     """
     with _told():
         from rich.console import Console
 
+        from scale.classes import sample_classes
         from scale.data import check_size
+        from scale.encoders import IMAGENET_VAE
         from scale.pipelines import sample_images
-        from scale.sampling import pipeline_with
+        from scale.sampling import classes_with, pipeline_with
 
         # Before a large base is loaded.
         _check_writable(out)
@@ -216,18 +231,43 @@ def sample(
             if pixels is not None:
                 check_size(name, pixels)
         console = Console()
+        if (prompt is None) == (label is None):
+            raise ValueError("give --prompt, or --label for a DiT, and not both")
+        if label is not None:
+            if any(value is not None for value in (height, width, base, guidance)):
+                raise ValueError("--height, --width, --base and --guidance are for prompts; a DiT has its own size")
+            classes = classes_with(
+                target,
+                subfolder=subfolder,
+                vae=vae or IMAGENET_VAE,
+                device=_device(device),
+                console=console,
+            )
+            sample_classes(
+                classes,
+                label,
+                nfe=nfe,
+                seed=seed,
+                per_label=per_prompt,
+                renoise=renoise,
+                force=force,
+                out=out,
+                console=console,
+            )
+            return
         pipe = pipeline_with(
             target,
             subfolder=subfolder,
             base=base,
-            quantise=None if quantise is Quantisation.none else cast(Literal["nf4", "int8", "fp8"], quantise.value),
+            quantise=None if quantise is None else quantise.value,
+            offload=offload,
             dtype=None if dtype is None else dtype.value,
             device=_device(device),
             console=console,
         )
         sample_images(
             pipe,
-            prompt,
+            prompt or [],
             nfe=nfe,
             seed=seed,
             height=height,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pitools.policies import Head, HeadSizes, Outputs
 from pitools.types import PIXELWISE, Conditions, Factorisation, patchwise
 from scale.heads import Layout, PolicyHeads
-from scale.loading import pretrained
+from scale.loading import is_file, pretrained, tensors_of
 
 Factor = Literal["pixel", "patch"]
 LAYOUTS = {
@@ -57,8 +57,9 @@ class DiT:
 
     channels, size: of the square latents `[B, channels, size, size]`.  patch: p.  layers, heads, head_width: of the
     transformer, whose width is heads x head_width.  classes: of `class_labels`; one more label, `classes`, means
-    "no class".  weights: hub id or folder of one that was trained by flow matching; "" for random ones, to be trained
-    from scratch; "random" and "tiny" for random ones that stand for trained.  timesteps: what t is multiplied by for
+    "no class".  weights: hub id or folder of one that was trained by flow matching, or a file of it in the published
+    layout (see `load_teacher`); "" for random ones, to be trained from scratch; "random" and "tiny" for random ones
+    that stand for trained.  timesteps: what t is multiplied by for
     the time embedding, and frequency_shift: that of its frequencies, in which published weights differ.  head: of
     students.
     """
@@ -121,7 +122,10 @@ class DiT:
         from accelerate import init_empty_weights
 
         with init_empty_weights():
-            return replace(self, weights="random").teacher(torch.Generator())
+            teacher = replace(self, weights="random").teacher(torch.Generator())
+        if is_file(self.weights):
+            share_embedding(teacher.transformer)
+        return teacher
 
     def example(self, teacher: nn.Module) -> dict[str, Tensor]:
         """Conditions of one sample, for an outline of the teacher."""
@@ -142,7 +146,11 @@ class DiT:
         model: Any = DiTTransformer2DModel
         if self.weights not in ("", "random", "tiny"):
             try:
-                transformer = pretrained(model, self.weights)
+                if is_file(self.weights):
+                    transformer = self._empty()
+                    load_teacher(transformer, tensors_of(self.weights))
+                else:
+                    transformer = pretrained(model, self.weights)
             except (OSError, ValueError) as error:
                 raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
             self._check(transformer.config)
@@ -154,6 +162,15 @@ class DiT:
             _initialise_teacher(transformer, last_zero=not self.pretrained)
             generator.set_state(torch.get_rng_state())
         return self._wrapped(transformer)
+
+    def _empty(self) -> Any:
+        """The transformer on the meta device, but for its buffers."""
+        from accelerate import init_empty_weights
+        from diffusers import DiTTransformer2DModel
+
+        model: Any = DiTTransformer2DModel
+        with init_empty_weights(include_buffers=False):
+            return model(**self._config, norm_num_groups=1)
 
     def _wrapped(self, transformer: Any) -> DiTVelocity:
         for block in transformer.transformer_blocks:
@@ -287,6 +304,54 @@ class DiTPolicy(_Wrapped):
         with torch.no_grad():
             dtype = self.heads.velocities.weight.dtype
             return cast(Tensor, embed(t * self.timesteps, conditions["class_labels"], hidden_dtype=dtype))
+
+
+def share_embedding(transformer: Any) -> None:
+    """Let all blocks have the first one's embedding of time and class, as the published weights do."""
+    first, *others = transformer.transformer_blocks
+    for block in others:
+        block.norm1.emb = first.norm1.emb
+
+
+SHARED, FIRST = "emb.", "transformer_blocks.0.norm1.emb."
+"""Where the published layout has the embedding of time and class, and where a transformer whose blocks share one."""
+
+
+def load_teacher(transformer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a transformer on the meta device the weights of a published teacher, in float32.
+
+    tensors: named as in diffusers, but for one embedding `emb.` that all blocks share. Where the last projection has
+    one more channel for each latent pixel, a log-std, it is left out.
+    `ValueError` for tensors that are missing, surplus, or of another shape.
+    """
+    share_embedding(transformer)
+    named = {FIRST + key.removeprefix(SHARED) if key.startswith(SHARED) else key: tensors[key] for key in tensors}
+    channels, pixels = transformer.config.in_channels, transformer.config.patch_size**2
+    for kind in ("weight", "bias"):
+        value = named.get(f"proj_out_2.{kind}")
+        if value is not None and len(value) == pixels * (channels + 1):
+            rows = value.unflatten(0, (pixels, channels + 1))[:, :-1]
+            named[f"proj_out_2.{kind}"] = rows.flatten(0, 1)
+    assign(transformer, named)
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give all parameters of a module these values, in float32; on the meta device before, on the CPU afterwards.
+
+    What modules share is named once, as `named_parameters` does. `ValueError` for tensors that are missing, surplus,
+    or of another shape; buffers may be among them, and are left as they are.
+    """
+    own, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    found = {key: value for key, value in tensors.items() if key not in buffers}
+    for what, names in (("misses", own.keys() - found.keys()), ("has surplus", found.keys() - own.keys())):
+        if names:
+            raise ValueError(f"it {what} {len(names)} weights, {min(names)} first")
+    for name, value in found.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"{name} must be {tuple(own[name].shape)}, got {tuple(value.shape)}")
+        owner, _, key = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        holder.register_parameter(key, nn.Parameter(value.float(), requires_grad=own[name].requires_grad))
 
 
 @torch.no_grad()

@@ -311,18 +311,19 @@ def build_cache(
     column: str = "prompt",
     image_column: str = "image",
     revision: str | None = None,
+    limit: int | None = None,
     console: Console | None = None,
 ) -> Cache:
     """Encode a prompt list, and with `images` the images beside it, into `folder`, or go on where it was interrupted.
 
     The encoders are loaded only if there is something left to encode.  height, width: whose product is about the
     number of pixels of every image, each of which keeps its shape; see `bucket_of`.  null_prompt: what stands for no
-    prompt in guidance.
+    prompt in guidance.  limit: only the first so many of the list.
     Raises what `read_records`, `encoder_for` and `write_cache` raise.
     """
     family = family_of(kind)
-    records = read_records(prompts_source, column, image_column if images else None)
-    listed = [[record.prompt, record.image.name if record.image else None] for record in records]
+    records = read_records(prompts_source, column, image_column if images else None)[:limit]
+    listed = [[record.prompt, *_of_file(record.image)] for record in records]
     identity: dict[str, JSON] = {
         "backbone": kind,
         "weights": weights,
@@ -347,6 +348,11 @@ def build_cache(
     return _written(folder, records, encode, Record(null_prompt), identity, family.masked, batch_size, console)
 
 
+def _of_file(path: Path | None) -> list[JSON]:
+    """What tells an image file from another one of the same name, wherever the folder lies."""
+    return [None] if path is None else [path.name, path.stat().st_size]
+
+
 def build_class_cache(
     classes: int,
     folder: Path,
@@ -369,7 +375,7 @@ def build_class_cache(
     of other sizes.
     """
     records = [Labelled(label) for label in range(classes)] if images is None else read_classes(images, classes)
-    listed = [[record.label, record.image.name if record.image else None] for record in records]
+    listed = [[record.label, *_of_file(record.image)] for record in records]
     identity: dict[str, JSON] = {
         "backbone": "dit",
         "classes": classes,
@@ -409,7 +415,7 @@ def _written(
     batch_size: int,
     console: Console | None,
 ) -> Cache:
-    """What `write_cache` writes, while a bar shows how far it is."""
+    """What `write_cache` writes, while a bar shows how far it is, and how much it will be."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -426,12 +432,22 @@ def _written(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    told: list[str] = []
+
+    def measured(part: Sequence[R]) -> Sequence[Sample]:
+        samples = encode(part)
+        if not told and part[0] is not null:
+            each = sum(value.nbytes for sample in samples for value in sample.values()) / len(samples)
+            told.append(f"{len(records):,} samples of about {each / 1e6:.2f} MB: {each * len(records) / 1e9:.2f} GB")
+            progress.console.print(told[0], highlight=False)
+        return samples
+
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Encoding", total=len(records))
         write_cache(
             folder,
             records,
-            encode,
+            measured,
             null=null,
             identity=identity,
             masked=masked,

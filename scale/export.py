@@ -2,6 +2,8 @@
 
     OUT/config.json, OUT/diffusion_pytorch_model.safetensors    the adapter: scale.load_adapter(base, OUT)
 
+    the same two files                                          a student on a DiT: scale.whole.load_whole(OUT)
+
     OUT/transformer/    merged: the base with LoRA in its weights, a folder of diffusers
     OUT/adapter/        and the rest of the adapter, norm and heads: scale.load_adapter(transformer, OUT, "adapter")
 
@@ -29,7 +31,9 @@ from pitools.training.random import keyed_generator
 from pitools.training.recipe import Plan, plan
 from scale.adapted import ADAPTER, AdaptedPolicy
 from scale.backbone import TextToImage
+from scale.dit import DiT
 from scale.published import load_weights, save_adapter
+from scale.whole import save_whole
 
 AVERAGES = "student.safetensors"
 
@@ -53,9 +57,15 @@ def export(
     """
     planned, member = found_student(Path(student_folder_or_run))
     backbone = planned.backbone
+    if isinstance(backbone, DiT):
+        if merge:
+            raise ValueError(f"{member.folder} is a student on a DiT, trained whole: there is nothing to merge")
+        weights = student_weights(member, average)
+        save_whole(build_student(planned, member, backbone.outline()), out, weights=weights, dtype=dtype)
+        return
     if not isinstance(backbone, TextToImage):
         raise ValueError(
-            f"{member.folder} is a student on a {type(backbone).__name__}, which is trained whole and has no adapter; "
+            f"{member.folder} is a student on a {type(backbone).__name__}, which has no published form; "
             f"its weights are {member.folder / AVERAGES}"
         )
     weights = student_weights(member, average)

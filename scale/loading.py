@@ -11,13 +11,15 @@ several. Dtypes are as after `from_pretrained(torch_dtype=...)`.
 from __future__ import annotations
 
 import json
+import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scale.quantise import WHOLE
@@ -42,6 +44,36 @@ def pretrained(cls: Any, weights: str, *, dtype: torch.dtype | None = None, **op
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"{len(missing)} weights of a {cls.__name__} are missing, {missing[0]} first")
     return model
+
+
+def is_file(weights: str) -> bool:
+    """Whether `weights` means one file of weights, local or OWNER/NAME/PATH on the hub, and not a folder."""
+    return weights.endswith((".safetensors", ".pth", ".pt"))
+
+
+def tensors_of(weights: str) -> dict[str, Tensor]:
+    """The tensors of one file; see `is_file`. Pickles are read as weights alone, within "state_dict" if there is one.
+
+    Raises `OSError` for a file that cannot be had, `ValueError` for one that is damaged or holds something else.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        parts = weights.split("/")
+        if len(parts) < 3:
+            raise FileNotFoundError(f"there is no file {weights}")
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or holds no weights: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no weights")
+    return state
 
 
 def folder_of(weights: str, revision: str | None = None) -> Path:

@@ -48,6 +48,7 @@ from pitools.sampling import Look, sample
 from scale import flux, flux2
 from scale.adapted import ADAPTER, AdaptedPolicy, pack, unpack
 from scale.backbone import DTYPES, Flux, Flux2, QwenImage, TextToImage
+from scale.quantise import Quantisation
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -110,7 +111,7 @@ class PiQwenImagePipeline(QwenImagePipeline):
             prompt_embeds_mask=prompt_embeds_mask,
             max_sequence_length=max_sequence_length,
         )
-        student, nfe = _student(self), _steps(self, num_inference_steps, force)
+        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
         guidance = _guidance(self, guidance_scale, force)
         text, mask = self.encode_prompt(
             prompt,
@@ -182,7 +183,7 @@ class PiFluxPipeline(FluxPipeline):
             pooled_prompt_embeds=pooled_prompt_embeds,
             max_sequence_length=max_sequence_length,
         )
-        student, nfe = _student(self), _steps(self, num_inference_steps, force)
+        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
         guidance = _guidance(self, guidance_scale, force)
         text, pooled, _ = self.encode_prompt(
             prompt,
@@ -244,7 +245,7 @@ class PiFlux2Pipeline(Flux2Pipeline):
         _check_output(output_type)
         height, width = _size(self, height, width)
         self.check_inputs(prompt, height, width, prompt_embeds=prompt_embeds)
-        student, nfe = _student(self), _steps(self, num_inference_steps, force)
+        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
         guidance = _guidance(self, guidance_scale, force)
         text, _ = self.encode_prompt(prompt, prompt_embeds=prompt_embeds, max_sequence_length=max_sequence_length)
         conditions = _conditions({"encoder_hidden_states": text}, num_images_per_prompt, guidance)
@@ -309,7 +310,7 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def _steps(pipe: Any, asked: int | None, force: bool) -> int:
+def steps_of(pipe: Any, asked: int | None, force: bool) -> int:
     """Network evaluations: as many as the student was trained for or, with elastic pipelines, more."""
     own: int = pipe.student.schedule.nfe
     steps = own if asked is None else asked
@@ -421,17 +422,22 @@ def pipeline_for(
     weights: str | None = None,
     dtype: Literal["bf16", "float32"] = "bf16",
     device: torch.device | str = "cpu",
-    quantise: Literal["none", "nf4", "int8", "fp8"] = "none",
+    quantise: Quantisation = "none",
     generator: torch.Generator | None = None,
     revision: str | None = None,
+    offload: bool = False,
 ) -> PiPipeline:
     """The pipeline of a backbone, without a student.
 
     kind: "qwen", "flux" or "flux2".  weights: hub id or folder of a diffusers pipeline, None for the backbone's own,
     or "tiny" for random ones between stubs (`scale.stubs`), drawn from `generator`, which lives on the CPU.
-    quantise: of the transformer's linear layers.  revision: of a hub id.
-    Raises `ValueError` for an unknown kind, for weights that cannot be had, and for a pipeline of another backbone.
+    quantise: of the transformer's linear layers.  revision: of a hub id.  offload: keep on the device only the model
+    that computes.
+    Raises `ValueError` for an unknown kind, for offloading to the CPU, for weights that cannot be had, and for a
+    pipeline of another backbone.
     """
+    if offload and torch.device(device).type == "cpu":
+        raise ValueError("offload keeps models on the CPU until they are needed elsewhere, and the device is the CPU")
     if kind not in PIPELINES:
         raise ValueError(f"kind must be one of {', '.join(PIPELINES)}, got {kind!r}")
     section_class, pipeline_class = PIPELINES[kind]
@@ -460,6 +466,9 @@ def pipeline_for(
             )
         except OSError as error:
             raise ValueError(f"weights {section.weights!r} cannot be loaded: {error}") from error
+    if offload:
+        pipe.enable_model_cpu_offload(device=device)
+        return cast(PiPipeline, pipe)
     return cast(PiPipeline, pipe.to(device))
 
 
@@ -488,9 +497,8 @@ def sample_images(
         raise ValueError(f"there is nothing to sample for {len(prompts)} prompts with {per_prompt} images each")
     _size(pipe, height, width)
     _student(pipe)
-    steps, scale = _steps(pipe, nfe, force), _guidance(pipe, guidance, force)
+    steps, scale = steps_of(pipe, nfe, force), _guidance(pipe, guidance, force)
     out.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
     images: list[Any] = []
     for prompt in prompts:
         seeds = [seed + len(images) + i for i in range(per_prompt)]
@@ -505,22 +513,28 @@ def sample_images(
             generator=[torch.Generator().manual_seed(own) for own in seeds],
             renoise=renoise,
         ).images
-        for own, image in zip(seeds, images[-per_prompt:], strict=True):
-            paths.append(out / f"{own - seed:04d}.png")
-            image.save(paths[-1])
+    settings = {"pipeline": type(pipe).__name__, "nfe": steps, "guidance": scale, "renoise": renoise}
+    return write_images(out, images, "prompt", prompts, seed, settings, console)
+
+
+def write_images(
+    out: Path,
+    images: Sequence[Any],
+    key: str,
+    asked: Sequence[object],
+    seed: int,
+    settings: Mapping[str, object],
+    console: Console,
+) -> list[Path]:
+    """Write images as PNG files, as many for each of what was `asked`, and what `sample_images` says beside them."""
+    each = len(images) // len(asked)
+    paths = [out / f"{i:04d}.png" for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
     if len(images) > 1:
-        make_image_grid(images, rows=len(prompts), cols=per_prompt).save(out / "sheet.png")
-    settings = {
-        "pipeline": type(pipe).__name__,
-        "nfe": steps,
-        "guidance": scale,
-        "renoise": renoise,
-        "height": images[0].height,
-        "width": images[0].width,
-        "images": [
-            {"file": path.name, "prompt": prompts[i // per_prompt], "seed": seed + i} for i, path in enumerate(paths)
-        ],
-    }
-    (out / "samples.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        make_image_grid(list(images), rows=len(asked), cols=each).save(out / "sheet.png")
+    rows = [{"file": path.name, key: asked[i // each], "seed": seed + i} for i, path in enumerate(paths)]
+    told = {**settings, "height": images[0].height, "width": images[0].width, "images": rows}
+    (out / "samples.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"Wrote {len(paths)} image{'s' if len(paths) > 1 else ''} to {out}/.", highlight=False)
     return paths

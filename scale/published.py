@@ -34,7 +34,7 @@ from pitools.training.checkpoint import CONTENTS, check_keys, read_tensors, writ
 from pitools.training.errors import CheckpointError
 from pitools.types import Schedule
 from scale import flux, flux2
-from scale.adapted import ADAPTER, PATCH, AdaptedPolicy, Base, Heads, LoRA, lora_off
+from scale.adapted import ADAPTER, PATCH, AdaptedPolicy, Base, Heads, LoRA, computes_in, lora_off
 from scale.backbone import backbone_of
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -108,7 +108,7 @@ def save_adapter(
     Raises `ValueError` for a student of another kind, and weights that are missing, surplus, of another shape, or not
     finite; `CheckpointError` where the disk refuses.
     """
-    network, kind = _adapted(student), _kind_of(student.head)
+    network, kind = _adapted(student), kind_of(student.head)
     own = trained_parameters(network)
     weights = own if weights is None else weights
     _check_weights(own, weights)
@@ -141,14 +141,14 @@ def load_adapter(
     subfolder: str | None = None,
     *,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> NetworkStudent:
     """A student on the given transformer, from a published adapter: in evaluation mode, ready to sample.
 
     base_transformer: of diffusers, in any dtype, quantised or not, or the `Base` of one, which can teach beside the
     student. It takes the adapter's LoRA, and an earlier student's is taken off.
     path_or_hub_id: a folder, one .safetensors file, or a repository of the hub.  subfolder: of either.  revision: of
-    the repository.  dtype: of LoRA, norm and heads.
+    the repository.  dtype: of LoRA, norm and heads; None for the one in which the base computes.
     Raises `ValueError` for a file that cannot be had, that is damaged or has values that are not finite; for another
     base, or one with fused LoRA; and for keys or sizes that do not fit. Then the transformer is as it was. Where
     metadata and name leave the schedule or the policy open, one warning is logged of what was assumed.
@@ -161,7 +161,8 @@ def load_adapter(
     transformer: Any = base_transformer.transformer if given else base_transformer
     backbone = backbone_of(transformer)
     with lora_off(transformer):  # a `ValueError` where LoRA is fused into it
-        read = _fitted(_read(path_or_hub_id, subfolder, revision), transformer, dtype)
+        dtype = dtype or computes_in(transformer)
+        read = _fitted(read_file(path_or_hub_id, subfolder, revision), transformer, dtype)
 
     base = base_transformer if given else Base(transformer, backbone.form)
     network = AdaptedPolicy(
@@ -225,7 +226,7 @@ def _adapted(student: NetworkStudent) -> AdaptedPolicy:
     return student.network
 
 
-def _kind_of(head: Head) -> Kind:
+def kind_of(head: Head) -> Kind:
     kinds: Mapping[type, Kind] = {GMHead: "gm", DXHead: "dx", PolynomialHead: "polynomial"}
     if type(head) not in kinds:
         raise ValueError(f"a {type(head).__name__} has no published form; those of GM, DX and polynomials have")
@@ -258,7 +259,7 @@ def _config(network: AdaptedPolicy, velocities: int, kind: Kind) -> dict[str, An
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     """An adapter as it lies on the disk.
 
     source: for messages.  name: of its folder, or its own.  tensors: without the prefix "transformer.".  config:
@@ -286,7 +287,7 @@ class _Fitted:
     weights: Mapping[str, Tensor]
 
 
-def _read(path_or_hub_id: str | Path, subfolder: str | None, revision: str | None) -> _File:
+def read_file(path_or_hub_id: str | Path, subfolder: str | None, revision: str | None) -> File:
     weights, config, name = _located(path_or_hub_id, subfolder, revision)
     with _opened(weights) as file:
         metadata: Mapping[str, str] = file.metadata() or {}
@@ -300,7 +301,7 @@ def _read(path_or_hub_id: str | Path, subfolder: str | None, revision: str | Non
     named = {key.removeprefix("transformer."): value for key, value in tensors.items()}
     if len(named) != len(tensors):
         raise ValueError(f'{weights} has keys both with and without the prefix "transformer."')
-    return _File(
+    return File(
         str(weights),
         name,
         named,
@@ -375,7 +376,7 @@ def _json(source: str, text: str) -> Mapping[str, Any]:
     return value
 
 
-def _fitted(file: _File, transformer: Any, dtype: torch.dtype) -> _Fitted:
+def _fitted(file: File, transformer: Any, dtype: torch.dtype) -> _Fitted:
     """The adapter if it fits, or a `ValueError` that says why it does not."""
     if file.ours.get("format", FORMAT) != FORMAT:
         raise ValueError(f"{file.source} has format {file.ours['format']}; this version reads {FORMAT}")
@@ -407,7 +408,7 @@ def _fitted(file: _File, transformer: Any, dtype: torch.dtype) -> _Fitted:
     )
 
 
-def _kind(file: _File) -> tuple[Kind, list[str]]:
+def _kind(file: File) -> tuple[Kind, list[str]]:
     """The policy, and what had to be assumed for want of metadata and name."""
     told, mode = file.policy.get("type"), file.policy.get("mode")
     if told is not None and told not in ("GMFlow", "DX"):
@@ -423,7 +424,7 @@ def _kind(file: _File) -> tuple[Kind, list[str]]:
     return "dx", [] if told else ["a DX policy, not a polynomial"]
 
 
-def _check_base(file: _File, transformer: Any, kind: Kind) -> None:
+def _check_base(file: File, transformer: Any, kind: Kind) -> None:
     own = type(transformer).__name__
     named = str(file.config.get("_class_name", own))
     prefix = named[:2] if named[:2] in ("GM", "DX") else ""
@@ -441,7 +442,7 @@ def _check_base(file: _File, transformer: Any, kind: Kind) -> None:
             )
 
 
-def _rank(file: _File, lora: Sequence[str]) -> int:
+def _rank(file: File, lora: Sequence[str]) -> int:
     """Of all the LoRA; 1 where there is none."""
     ranks = {name: _size(file, f"{name}.lora_A.weight")[0] for name in lora if f"{name}.lora_A.weight" in file.tensors}
     if not ranks:
@@ -457,7 +458,7 @@ def _rank(file: _File, lora: Sequence[str]) -> int:
     return ranks[first]
 
 
-def _check_shapes(file: _File, transformer: Any, kind: Kind, lora: Sequence[str], rank: int) -> tuple[int, int]:
+def _check_shapes(file: File, transformer: Any, kind: Kind, lora: Sequence[str], rank: int) -> tuple[int, int]:
     """All keys there, none besides, each of its size. The number of velocities, and that head's hidden width."""
     own = type(transformer).__name__
     norm, projection = transformer.norm_out.linear, transformer.proj_out
@@ -511,7 +512,7 @@ def _check_shapes(file: _File, transformer: Any, kind: Kind, lora: Sequence[str]
     return velocities, hidden
 
 
-def _check_counts(file: _File, kind: Kind, velocities: int) -> None:
+def _check_counts(file: File, kind: Kind, velocities: int) -> None:
     """What config and metadata say of the policy's sizes is what the tensors have."""
     letter, key = ("K", "proj_out_means") if kind == "gm" else ("N", "proj_out")
     stated: dict[str, object] = {"pitools velocities": file.ours.get("velocities", velocities)}
@@ -534,7 +535,7 @@ def _check_counts(file: _File, kind: Kind, velocities: int) -> None:
             raise ValueError(f"{file.source}: {key} has {letter} = {velocities}, and its {name} is {value}")
 
 
-def _schedule(file: _File, kind: Kind) -> tuple[Schedule, list[str]]:
+def _schedule(file: File, kind: Kind) -> tuple[Schedule, list[str]]:
     """The schedule, and what had to be assumed."""
     assumed: list[str] = []
     segment = file.policy.get("segment_size")
@@ -562,14 +563,14 @@ def _schedule(file: _File, kind: Kind) -> tuple[Schedule, list[str]]:
     return schedule, assumed
 
 
-def _positive(file: _File, name: str) -> float:
+def _positive(file: File, name: str) -> float:
     value = file.policy[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{file.source}: {name} must be a positive number, got {value!r}")
     return float(value)
 
 
-def _size(file: _File, key: str) -> tuple[int, int]:
+def _size(file: File, key: str) -> tuple[int, int]:
     shape = tuple(file.tensors[key].shape)
     if len(shape) != 2:
         raise ValueError(f"{file.source}: {key} must be a matrix, got {shape}")

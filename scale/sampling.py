@@ -10,13 +10,16 @@ from rich.console import Console
 
 from pitools.training.distillation import build_student
 from pitools.training.random import keyed_generator
-from scale.adapted import Base
+from scale.adapted import AdaptedPolicy, Base, computes_in
 from scale.backbone import TextToImage
+from scale.classes import PiDiTPipeline
+from scale.dit import DiT, DiTPolicy
+from scale.encoders import IMAGENET_VAE, image_encoder_for
 from scale.export import found_student, student_weights
 from scale.pipelines import PIPELINES, PiPipeline, pipeline_for
-from scale.published import WEIGHTS, base_class, load_weights
-
-Quantisation = Literal["none", "nf4", "int8", "fp8"]
+from scale.published import WEIGHTS, base_class, load_weights, trained_parameters
+from scale.quantise import Quantisation
+from scale.whole import give, load_whole
 
 
 def pipeline_with(
@@ -27,30 +30,69 @@ def pipeline_with(
     quantise: Quantisation | None = None,
     dtype: Literal["bf16", "float32"] | None = None,
     device: torch.device | str = "cpu",
+    offload: bool = False,
     console: Console | None = None,
 ) -> PiPipeline:
     """The pipeline of the base, with the student of a run (its averaged weights) or of an adapter.
 
     target: a run's folder or a student's in it; else an adapter's folder, file or hub id, with `subfolder`.
     base: hub id or folder of the base's pipeline, or "tiny"; None for the run's own, or the adapter's usual one.
-    quantise, dtype: of the base; None for the run's own, or none and bf16.
+    quantise, dtype: of the base; None for the run's own, or none and bf16.  offload: see `pipeline_for`.
     Raises what `found_student`, `pipeline_for` and `load_adapter` raise.
     """
     path = Path(target)
-    of_student = (path.parent / "recipe.toml").is_file() and path.is_dir() and not (path / WEIGHTS).is_file()
-    if (path / "recipe.toml").is_file() or of_student:
+    if is_of_run(path):
         if subfolder is not None:
             raise ValueError(f"subfolder {subfolder!r} is of an adapter, and {path} is a run; name RUN/STUDENT instead")
-        return _of_run(path, base, quantise, dtype, device, console)
+        return _of_run(path, base, quantise, dtype, device, offload, console)
     kind = _kind(base_class(target, subfolder))
     tiny = base == "tiny"
     seeded = keyed_generator(0, "teacher weights")  # as `--tiny` draws them
     own = dtype or ("float32" if tiny else "bf16")
-    pipe = pipeline_for(kind, base, own, device, quantise or "none", seeded)
+    pipe = pipeline_for(kind, base, own, device, quantise or "none", seeded, offload=offload)
     if tiny and console is not None:
         _tell_tiny(console)
     pipe.load_pi_adapter(target, subfolder)
     return pipe
+
+
+def classes_with(
+    target: str | Path,
+    *,
+    subfolder: str | None = None,
+    vae: str = IMAGENET_VAE,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
+) -> PiDiTPipeline:
+    """A student of the DiT and the VAE: of a run (its averaged weights), or as `scale.whole` and the hub have it.
+
+    target, subfolder: as of `pipeline_with`.  vae: hub id or folder of an `AutoencoderKL`, or "tiny" for a stub.
+    Raises what `found_student`, `load_whole` and `image_encoder_for` raise.
+    """
+    path = Path(target)
+    if is_of_run(path):
+        planned, member = found_student(path)
+        if not isinstance(planned.backbone, DiT):
+            raise ValueError(f"{path} is a run of a {type(planned.backbone).__name__}, which takes prompts, not labels")
+        student = build_student(planned, member, planned.backbone.outline())
+        give(cast(DiTPolicy, student.network), student_weights(member))
+    else:
+        student = load_whole(target, subfolder)
+    network = cast(DiTPolicy, student.network)
+    network.eval().to(device)
+    if vae != "tiny":
+        return PiDiTPipeline(student, image_encoder_for(vae, device).vae)
+    from scale.stubs import StubVAE
+
+    if console is not None:
+        console.print("A stub of a VAE: the images show nothing.")
+    return PiDiTPipeline(student, StubVAE(network.transformer.config.in_channels).to(device))
+
+
+def is_of_run(path: Path) -> bool:
+    """Whether a path is a run's folder, or that of one of its students, and not an exported one."""
+    of_student = (path.parent / "recipe.toml").is_file() and path.is_dir() and not (path / WEIGHTS).is_file()
+    return (path / "recipe.toml").is_file() or of_student
 
 
 def _of_run(
@@ -59,6 +101,7 @@ def _of_run(
     quantise: Quantisation | None,
     dtype: Literal["bf16", "float32"] | None,
     device: torch.device | str,
+    offload: bool,
     console: Console | None,
 ) -> PiPipeline:
     planned, member = found_student(path)
@@ -75,11 +118,15 @@ def _of_run(
         quantise or backbone.quantise,
         seeded,
         backbone.revision if base is None else None,
+        offload,
     )
     if backbone.weights == "tiny" and console is not None:
         _tell_tiny(console)
     student = build_student(planned, member, Base(cast(Any, pipe).transformer, backbone.form))
     load_weights(student, weights)
+    network = cast(AdaptedPolicy, student.network)
+    for value in trained_parameters(network).values():  # as an adapter is loaded
+        value.data = value.data.to(computes_in(network.transformer))
     pipe.student = student
     return pipe
 

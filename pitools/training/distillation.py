@@ -425,7 +425,11 @@ class Sheet:
         if self.reference is None:
             # On every process, too: a teacher that shares the student's network may be spread over all of them.
             step = 1 / self.plan.recipe.teacher.reference_steps
-            ends = [integrate(Conditioned(self.teacher, c), x, 1.0, 0.0, step_size=step) for x, c in self._noises()]
+            shift = self.student.schedule.shift
+            ends = [
+                integrate(Conditioned(self.teacher, c), x, 1.0, 0.0, step_size=step, shift=shift)
+                for x, c in self._noises()
+            ]
             self.reference = torch.cat(ends)
         if path is None:
             return

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
@@ -57,12 +58,16 @@ class Engine:
     """How this process takes part in a run. `RecipeError` for a device that is not here."""
 
     def __init__(self, section: EngineSection) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, InitProcessGroupKwargs
 
         if section.device == "cuda" and not torch.cuda.is_available():
             raise RecipeError('[engine] device is "cuda", and torch sees no GPU; use "auto" or "cpu"')
         self.section = section
-        self.accelerator: Accelerator = Accelerator(cpu=section.device == "cpu" or not torch.cuda.is_available())
+        self.accelerator: Accelerator = Accelerator(
+            cpu=section.device == "cpu" or not torch.cuda.is_available(),
+            # One process may download weights, or train a teacher, while the others wait for it.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        )
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device

@@ -68,7 +68,6 @@ def weight_bytes(networks: Sequence[nn.Module], stored: StoredBytes) -> int:
     seen: dict[int, int] = {}
     for network in networks:
         for name, value in network.named_parameters():
-            name = name.removeprefix("transformer.")
             seen[id(value)] = plain_bytes(name, value) if value.requires_grad else stored(name, value)
     return sum(seen.values())
 

@@ -80,7 +80,8 @@ class TeacherSection:
 
     training: of its own weights, by flow matching; none for a backbone that comes with weights.  label_dropout: how
     often its conditions are replaced by the null ones there, which is what guidance needs.  shift: m of its training
-    times.  reference_steps: Euler steps of its own samples, with which students are compared.  seed: of its weights,
+    times.  reference_steps: Euler steps of its own samples, with which students are compared, even in the raw time of
+    a student on its sheets.  seed: of its weights,
     order and draws; runs with other seeds share it.
     """
 

@@ -237,6 +237,7 @@ def test_a_cache_is_built_from_weights_on_disk(saved: Path, tmp_path: Path, monk
     cache = build()
     assert cache.sizes is not None
     assert cache.sizes.tolist() == [[8, 12], [12, 8], [8, 12]]
+    assert len(build("less", limit=2)) == 2
     assert not cache.masked
     encoder = encoder_for(str(saved), "flux", "cpu", torch.float32, images=True)
     for index, sample in enumerate(encoder.encode(["a fox", "a cat", "a two"])):

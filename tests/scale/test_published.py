@@ -33,7 +33,7 @@ from scale.published import (
     save_adapter,
     trained_parameters,
 )
-from scale.quantise import quantise
+from scale.quantise import Quantisation, quantise
 
 BACKBONES: dict[str, TextToImage] = {"qwen": QwenImage().tiny(), "flux": Flux().tiny(), "flux2": Flux2().tiny()}
 HEADS: dict[str, Head] = {"gm": GMHead(3), "dx": DXHead(4), "polynomial": PolynomialHead(3)}
@@ -451,6 +451,29 @@ def test_a_file_alone_a_subfolder_the_hub_and_a_prefix_are_the_same_student(
     for form, student in students.items():
         assert torch.equal(drawn(student, "qwen"), expected), form
     assert asked == [("owner/name", WEIGHTS, "sub", "v1"), ("owner/name", CONFIG, "sub", "v1")]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_that_is_quantised_to_the_last_layer_takes_it(
+    kind: Quantisation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As diffusers quantises unless told what to leave alone: the last norm and projection, too."""
+    student = student_on(transformer_of("qwen"), "qwen", "gm")
+    save_adapter(student, tmp_path)
+    monkeypatch.setattr("scale.quantise.WHOLE", ())
+    base = quantise(transformer_of("qwen").to(torch.bfloat16), kind)
+    assert not any(type(module) is nn.Linear for module in base.modules())
+    loaded = load_adapter(base, tmp_path)
+    parameters = trained_parameters(network_of(loaded))
+    assert {value.dtype for value in parameters.values()} == {torch.bfloat16}
+    exact, near = (drawn(one, "qwen") for one in (student, loaded))
+    assert (near - exact).square().mean().sqrt() < 0.3 * exact.std()
+
+
+def test_an_adapter_is_of_the_dtype_in_which_its_base_computes(tmp_path: Path) -> None:
+    save_adapter(student_on(transformer_of("flux"), "flux", "gm"), tmp_path)
+    loaded = trained_parameters(network_of(load_adapter(transformer_of("flux").to(torch.bfloat16), tmp_path)))
+    assert {value.dtype for value in loaded.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -53,9 +53,16 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
 
     told = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     if told["backbone"]["name"] == "dit":
-        refused = commands(["export", "run"], tmp_path)
-        assert refused.code == 2
-        assert "is trained whole" in refused.err
+        done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
+        sample = ["--label", "3", "--label", "7", "--vae", "tiny", "--device", "cpu"]
+        of_export = done(commands(["sample", "adapter", *sample, "--out", "a"], tmp_path))
+        of_run = done(commands(["sample", "run", *sample, "--out", "b"], tmp_path))
+        assert "show nothing" in of_export.out
+        assert "show nothing" in of_run.out
+        for name in ("0000.png", "0001.png"):
+            images = [Image.open(tmp_path / folder / name) for folder in ("a", "b")]
+            assert images[0].size == (64, 64)
+            assert images[0].tobytes() == images[1].tobytes()
         return
     done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
     prompt = ["--prompt", "a red fox", "--prompt", "an owl at night", "--height", "64", "--width", "96"]

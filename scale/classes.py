@@ -1,0 +1,115 @@
+"""Images of classes: a student of the DiT, and the `AutoencoderKL` whose latents it was trained on.
+
+noise [B, C, size, size] --pitools.sample--> latents,    images = VAE(latents / scaling factor)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pitools.policies import NetworkStudent
+from pitools.sampling import sample
+from scale.dit import DiTPolicy
+from scale.pipelines import Generators, steps_of, write_images
+
+
+@dataclass
+class PiDiTPipeline:
+    """Classes to images, without guidance: a student has its teacher's in it.
+
+    student: whose network is a `DiTPolicy`.  vae: an `AutoencoderKL`, or what decodes as one.
+    """
+
+    student: NetworkStudent
+    vae: Any
+    elastic: ClassVar[bool] = False
+    """Whether students serve more evaluations than they were trained for."""
+
+    def __call__(
+        self,
+        labels: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        force: bool = False,
+        generator: Generators = None,
+        renoise: float = 0.0,
+        output_type: str = "pil",
+    ) -> Any:
+        """An image for each label: "pil", "np" `[B, H, W, 3]` or "pt" `[B, 3, H, W]` in [0, 1], or "latent".
+
+        num_inference_steps: network evaluations, the student's own unless given; others with `force`.  generator:
+        one, or one for each image.  renoise: strength h of the noise between steps.
+        Raises `ValueError` for labels that are none, and for other steps without `force`.
+        """
+        from diffusers.image_processor import VaeImageProcessor
+
+        network = self.student.network
+        assert isinstance(network, DiTPolicy)
+        config = network.transformer.config
+        unknown = [label for label in labels if not 0 <= label < config.num_embeds_ada_norm]
+        if unknown or not labels:
+            raise ValueError(f"labels must lie in 0..{config.num_embeds_ada_norm - 1}, got {(unknown or labels)[:1]}")
+        steps = steps_of(self, num_inference_steps, force)
+        device = next(network.parameters()).device
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        latents = sample(
+            self.student,
+            _noise(len(labels), shape, generator).to(device),
+            steps,
+            conditions={"class_labels": torch.tensor(list(labels), device=device)},
+            generator=generator,
+            renoise=renoise,
+        )
+        if output_type == "latent":
+            return latents
+        with torch.no_grad():
+            own = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            images = self.vae.decode(own, return_dict=False)[0]
+        processor: Any = VaeImageProcessor()
+        return processor.postprocess(images.float(), output_type=output_type)
+
+
+def sample_classes(
+    pipe: PiDiTPipeline,
+    labels: Sequence[int],
+    *,
+    nfe: int | None,
+    seed: int,
+    per_label: int,
+    renoise: float,
+    force: bool,
+    out: Path,
+    console: Console,
+) -> list[Path]:
+    """As `scale.pipelines.sample_images`, with classes in the place of prompts."""
+    steps = steps_of(pipe, nfe, force)
+    wanted = [label for label in labels for _ in range(per_label)]
+    seeds = [seed + i for i in range(len(wanted))]
+    images: list[Any] = []
+    for start in range(0, len(wanted), per_label):
+        rows = slice(start, start + per_label)
+        images += pipe(
+            wanted[rows],
+            num_inference_steps=nfe,
+            force=force,
+            generator=[torch.Generator().manual_seed(own) for own in seeds[rows]],
+            renoise=renoise,
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"pipeline": type(pipe).__name__, "nfe": steps, "renoise": renoise}
+    return write_images(out, images, "label", labels, seed, settings, console)
+
+
+def _noise(count: int, shape: tuple[int, ...], generator: Generators) -> Tensor:
+    if isinstance(generator, list):
+        if len(generator) != count:
+            raise ValueError(f"generator must be one, or one for each of the {count} images, got {len(generator)}")
+        return torch.stack([torch.randn(shape, generator=own, device=own.device).cpu() for own in generator])
+    return torch.randn(count, *shape, generator=generator, device=generator.device if generator else "cpu")
