@@ -1,12 +1,12 @@
 """Checkpoints: folders that are either whole or refused by name.
 
     checkpoints/step-00000500/manifest.json       step, meta, and the size and sha256 of every other file
-    checkpoints/step-00000500/model.safetensors   one file for each name that the caller gives
+    checkpoints/step-00000500/model.safetensors   one file for each name that the caller gives; or, sharded,
+                              model-rank0of2.safetensors, ...   one from each process, with its rows of each tensor
 
 A checkpoint is written under a temporary name, every file synced to the disk and the manifest last, and only
 then renamed; so a kill at any moment leaves the checkpoints before it, and at most something hidden that the
-next `save` clears away. Nothing is pickled. One process writes: with several, gather first (`gathered`,
-`optimiser_tensors`) and call `save` on one of them.
+next `save` clears away. Nothing is pickled. Both forms go on on any number of processes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +39,11 @@ if TYPE_CHECKING:
 JSON: TypeAlias = Mapping[str, "JSON"] | Sequence["JSON"] | str | int | float | bool | None
 """What a manifest can hold; tuples come back as lists."""
 
+T = TypeVar("T")
+
+Form = Literal["consolidated", "sharded"]
+"""Who writes sharded weights: the main process, all of them; or each process, its rows."""
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 CONTENTS = "sha256"
@@ -43,9 +51,35 @@ CONTENTS = "sha256"
 WRITING, DELETING, REPLACED = ".tmp-", ".tmp-removed-", ".replaced-"
 
 
+class Processes(Protocol):
+    """Those that save together; `pitools.training.engine.Engine` is one."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes what is not sharded."""
+        ...
+
+    def on_each(self, action: Callable[[], T]) -> list[T]:
+        """Do `action` on each; what each returned, by rank. An error on one is raised on all."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    main = True
+
+    def on_each(self, action: Callable[[], T]) -> list[T]:
+        """As `Processes` has it."""
+        return [action()]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save` was given, read back bit for bit: file name -> tensor name -> tensor, on the CPU."""
+    """What `save` was given, read back bit for bit: file name -> tensor name -> tensor, on the CPU.
+
+    Tensors that several processes wrote their rows of are whole.
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -59,12 +93,16 @@ def save(
     tensors: Mapping[str, Mapping[str, Tensor]],
     meta: Mapping[str, JSON],
     keep: int = 2,
+    form: Form = "consolidated",
+    processes: Processes | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into `folder`, and return its path; one of the same step is replaced.
 
     tensors: file name, of letters, digits, "-" and "_", -> tensor name -> tensor; of any dtype of safetensors,
-        on any device, whole (not DTensors); tensors that share memory are stored each on its own.
+        on any device, not DTensors (`taken` makes them plain); tensors that share memory are stored each on its own.
     keep: how many checkpoints to keep, this one and those of the steps before it; later ones are left alone.
+    form: "sharded", where each process gives its own part of the tensors; else the main one gives them all.
+    processes: those that all call this, in a folder that they share; None for this one alone.
     Raises `ValueError` for arguments that cannot be saved, and `CheckpointError` where the disk refuses; then
     nothing has changed, and the message names the last good checkpoint.
     """
@@ -76,28 +114,50 @@ def save(
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ValueError(f"a file of tensors must be named with letters, digits, - and _, got {name!r}")
     facts = json.loads(json.dumps({"format": FORMAT, "step": step, "meta": meta}))  # as it will be read back
+    processes = processes or Alone()
+    part = f"-{_place()}" if form == "sharded" else ""
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{WRITING}{final.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _clear(folder)
-        temporary.mkdir()
+
+    def begin() -> None:
+        if processes.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            _clear(folder)
+            temporary.mkdir()
+
+    def write() -> dict[str, JSON]:
         files: dict[str, JSON] = {}
-        for name, group in tensors.items():
-            path = temporary / f"{name}.safetensors"
+        for name, group in tensors.items() if processes.main or part else ():
+            path = temporary / f"{name}{part}.safetensors"
             save_file(_storable(group), path)
             _sync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _digest_of(path)}
-        manifest: dict[str, JSON] = {**facts, "files": files}
-        _write_text(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})
-        _sync(temporary)
-        if final.exists():
-            os.replace(final, folder / f"{REPLACED}{final.name}")
-        os.replace(temporary, final)
-        _sync(folder)
-    except BaseException as error:
-        with suppress(OSError):
+        return files
+
+    def finish() -> None:
+        if processes.main:
+            manifest: dict[str, JSON] = {**facts, "files": files}
+            _write_text(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+            _sync(temporary)
+            if final.exists():
+                os.replace(final, folder / f"{REPLACED}{final.name}")
+            os.replace(temporary, final)
+            _sync(folder)
+
+    def tidy() -> None:
+        if processes.main:
             _clear(folder)
+            for old in [path for number, path in _numbered(folder) if number <= step][keep:]:
+                _delete(old)
+
+    try:
+        processes.on_each(begin)
+        files = {name: told for written in processes.on_each(write) for name, told in written.items()}
+        processes.on_each(finish)
+    except BaseException as error:
+        if processes.main:
+            with suppress(OSError):
+                _clear(folder)
         if not isinstance(error, (OSError, SafetensorError)):
             raise
         raise CheckpointError(
@@ -105,9 +165,7 @@ def save(
             f"The last good checkpoint is {newest(folder) or 'none: there is no good one'}"
         ) from error
     try:
-        _clear(folder)
-        for old in [path for number, path in _numbered(folder) if number <= step][keep:]:
-            _delete(old)
+        processes.on_each(tidy)
     except OSError as error:
         raise CheckpointError(f"step {step} is saved, but older checkpoints could not be removed: {error}") from error
     return final
@@ -116,13 +174,34 @@ def save(
 def load(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`, verified. `CheckpointError` names the file that is bad, and why."""
     manifest = _verified(path)
-    tensors: dict[str, Mapping[str, Tensor]] = {}
-    for name in manifest["files"]:
+    parts: dict[str, dict[int, Mapping[str, Tensor]]] = defaultdict(dict)
+    for file in manifest["files"]:
+        name, rank = re.sub(r"-rank\d+of\d+$", "", file.removesuffix(".safetensors")), RANK.search(file)
         try:
-            tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+            parts[name][int(rank[1]) if rank else 0] = load_file(path / file)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} cannot be read: {error}") from error
+            raise CheckpointError(f"{path / file} cannot be read: {error}") from error
+    tensors = {name: Joined([found[rank] for rank in sorted(found)]) for name, found in parts.items()}
     return Checkpoint(manifest["step"], tensors, manifest["meta"], path)
+
+
+class Joined(Mapping[str, Tensor]):
+    """Tensors of which each part has some rows, or one part all of them. Each is made whole as it is asked for."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = [part[name] for part in self.parts if name in part]
+        if not rows:
+            raise KeyError(name)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(chain(*self.parts)))
+
+    def __len__(self) -> int:
+        return len(dict.fromkeys(chain(*self.parts)))
 
 
 def latest(folder: Path, on_refused: Callable[[CheckpointError], None]) -> Checkpoint | None:
@@ -194,9 +273,14 @@ def _contents(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies on the CPU, of DTensors also. Every process must call it, with the same names in one order."""
-    return {name: _whole(tensor) for name, tensor in tensors.items()}
+def taken(tensors: Mapping[str, Tensor], form: Form = "consolidated") -> dict[str, Tensor]:
+    """What this process is to write of them, as copies on the CPU: all, whole, on the main one and nothing on others.
+
+    form: if "sharded", of each DTensor its own rows, and what is not sharded on the main process only.
+    Every process must call it, with the same names in one order.
+    """
+    copies = ((name, _taken(tensor, form)) for name, tensor in tensors.items())
+    return {name: copy for name, copy in copies if copy is not None}
 
 
 def placed(value: Tensor, like: Tensor, name: str) -> Tensor:
@@ -230,33 +314,34 @@ def check_keys(owner: str, needed: Iterable[str], found: Iterable[str]) -> None:
 # The state of an optimiser. A parameter that has none yet is written down as such, so that a lost state is noticed.
 
 STATELESS = "none"
+RANK = re.compile(r"[/-]rank(\d+)of(\d+)(\.safetensors)?$")
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 QUANTISED = ("qmap1", "qmap2", "absmax1", "absmax2")
 
 
 def optimiser_tensors(
-    optimiser: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    optimiser: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    form: Form = "consolidated",
 ) -> dict[str, Tensor]:
-    """The optimiser's state as copies on the CPU, "NAME/STATE KEY" -> tensor; whole numbers become 0-d int64.
+    """What this process is to write of the optimiser's state, "NAME/STATE KEY" -> tensor, as `taken` has it.
 
-    Sharded states are gathered, so that every process must call this; they can be resumed on another number of
-    processes. Those of `LocalShards` can not: they are kept as they are, for each process on its own, under
-    "NAME/STATE KEY/rank0of2".  named_parameters: `module.named_parameters()`; those that the optimiser does not
-    have are passed over. Raises `ValueError` for one of the optimiser's without a name, or a state that is
-    neither a tensor nor a whole number.
+    Whole numbers become 0-d int64. The states of `LocalShards` are those of each process on its own, and kept as
+    they are, under "NAME/STATE KEY/rank0of2".  named_parameters: `module.named_parameters()`; those that the
+    optimiser does not have are passed over. Every process must call this. Raises `ValueError` for one of the
+    optimiser's without a name, or a state that is neither a tensor nor a whole number.
     """
     optimiser = _bare(optimiser)
-    tensors: dict[str, Tensor] = {}
+    shared: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     for name, parameter in _named(optimiser, named_parameters).items():
         state = {key: _as_tensor(f"{name}/{key}", value) for key, value in optimiser.state.get(parameter, {}).items()}
         state = state or {STATELESS: torch.empty(0)}
-        if not isinstance(optimiser, LocalShards):
-            tensors |= {f"{name}/{key}": _whole(value) for key, value in state.items()}
-            continue
-        own = {key: _whole(value) for key, value in state.items()}
-        for rank, shard in enumerate(_from_all(own)):
-            tensors |= {f"{name}/{key}/{_place(rank)}": value for key, value in shard.items()}
-    return tensors
+        if isinstance(optimiser, LocalShards):
+            own |= {f"{name}/{key}/{_place()}": value.detach().to("cpu", copy=True) for key, value in state.items()}
+        else:
+            shared |= {f"{name}/{key}": value for key, value in state.items()}
+    return taken(shared, form) | (own if form == "sharded" else _from_all(own))
 
 
 def restore_optimiser(
@@ -264,26 +349,20 @@ def restore_optimiser(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give the optimiser the state that `optimiser_tensors` wrote, bit for bit; learning rates are not part of it.
+    """Give the optimiser the state that `optimiser_tensors` wrote; learning rates are not part of it.
 
+    Bit for bit, but for 8-bit states of shards that go on on another number of processes: those are dequantised,
+    cut anew and quantised in other blocks.
     Raises `CheckpointError`, before anything is changed, for keys that are missing or surplus, shapes that differ,
-    another kind of optimiser, and `LocalShards` on another number of processes than the state was saved from.
+    and another kind of optimiser.
     """
     optimiser = _bare(optimiser)
     named = _named(optimiser, named_parameters)
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in named}
-    surplus = []
-    for full, value in _of_this_process(optimiser, tensors).items():
-        name, _, key = full.rpartition("/")
-        if name in found:
-            found[name][key] = value
-        else:
-            surplus.append(full)
-    check_keys("the optimiser's state", [], surplus)
-    check_keys("the optimiser's state", named, [name for name, state in found.items() if state])
+    saved = _shards_of(tensors)
+    check_keys("the optimiser's state", named, saved)
     restored: dict[Tensor, dict[str, Any]] = {}
     for name, parameter in named.items():
-        state = found[name]
+        state = _state_of_this_process(optimiser, parameter, name, saved[name], tensors)
         if set(state) == {STATELESS}:
             continue
         if (needed := _state_keys(optimiser, parameter)) is not None:
@@ -342,32 +421,71 @@ def _state_keys(optimiser: torch.optim.Optimizer, parameter: nn.Parameter) -> se
     if isinstance(optimiser, (torch.optim.Adam, torch.optim.AdamW)):
         amsgrad = any(group["amsgrad"] for group in optimiser.param_groups)
         return {"step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])}
-    inner = optimiser.inner if isinstance(optimiser, LocalShards) else optimiser
-    if type(inner).__name__ == "AdamW8bit":
+    if _is_8bit(optimiser):
         quantised = local(parameter).numel() >= SMALLEST_8BIT
         return {"step", "state1", "state2", *(QUANTISED if quantised else ())}
     return None
 
 
-def _of_this_process(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of `tensors` that belongs here: all, or with `LocalShards` this rank's, without the suffix."""
-    worlds = {match[1] if (match := re.search(r"/rank\d+of(\d+)$", key)) else "" for key in tensors}
-    if not isinstance(optimiser, LocalShards):
-        if worlds - {""}:
-            raise CheckpointError(
-                f"the optimiser's state was saved from shards on {' or '.join(sorted(worlds - {''}))} processes, and "
-                "cannot be resumed unsharded; resume it on as many, or start the optimiser anew"
-            )
-        return dict(tensors)
-    rank, world = _rank_and_world()
-    if worlds - {str(world)}:
-        saved = " or ".join(f"shards on {size} processes" if size else "unsharded weights" for size in sorted(worlds))
-        raise CheckpointError(
-            f"the optimiser's state was saved from {saved}, and 8-bit states cannot be resumed as shards on {world}; "
-            "resume them as they were, or start the optimiser anew"
-        )
-    suffix = f"/{_place(rank)}"
-    return {key.removesuffix(suffix): value for key, value in tensors.items() if key.endswith(suffix)}
+def _is_8bit(optimiser: torch.optim.Optimizer) -> bool:
+    inner = optimiser.inner if isinstance(optimiser, LocalShards) else optimiser
+    return type(inner).__name__ == "AdamW8bit"
+
+
+Shards: TypeAlias = Mapping[str, Mapping[str, str]]
+"""Of one parameter: "rank0of2", or "" for what is not of one process alone -> state key -> name among the tensors."""
+
+
+def _shards_of(tensors: Iterable[str]) -> Mapping[str, Shards]:
+    """Each parameter's, by its name."""
+    found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for full in tensors:
+        place = match[0][1:] if (match := RANK.search(full)) else ""
+        name, _, key = full.removesuffix(f"/{place}").rpartition("/")
+        found[name][place][key] = full
+    return found
+
+
+def _state_of_this_process(
+    optimiser: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    name: str,
+    saved: Shards,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A parameter's state as this process left it, or cut anew for it where shards were cut in another way."""
+    place = _place() if isinstance(optimiser, LocalShards) else ""
+    by_rank = sorted(saved, key=lambda place: int(match[1]) if (match := RANK.search(f"/{place}")) else 0)
+    parts = {place: {key: tensors[full] for key, full in saved[place].items()} for place in by_rank}
+    if place in parts:
+        return parts[place]
+    first = next(iter(parts.values()))
+    return _cut_anew(list(parts.values()), parameter, name) if _is_8bit(optimiser) else first
+
+
+def _cut_anew(shards: Sequence[Mapping[str, Tensor]], parameter: nn.Parameter, name: str) -> dict[str, Tensor]:
+    """AdamW8bit's state of this process's shard, or of the whole parameter, from that of shards cut in another way."""
+    stepped = [shard for shard in shards if STATELESS not in shard]
+    if not stepped or not local(parameter).numel():
+        return {STATELESS: torch.empty(0)}
+    functional: Any = import_module("bitsandbytes.functional")
+    blocks = 256
+    own = {"step": stepped[0]["step"]}
+    for moment, scales, code, signed in (("state1", "absmax1", "qmap1", True), ("state2", "absmax2", "qmap2", False)):
+        check_keys(f"the optimiser's state of {name}", [moment], set(stepped[0]) & {moment})
+        rows = [
+            functional.dequantize_blockwise(shard[moment], absmax=shard[scales], code=shard[code], blocksize=blocks)
+            if code in shard
+            else shard[moment]
+            for shard in stepped
+        ]
+        value = local(placed(torch.cat(rows), parameter, f"{name}/{moment}"))
+        own[moment] = value
+        if value.numel() >= SMALLEST_8BIT:
+            own[code] = functional.create_dynamic_map(signed).to(value.device)
+            own[moment], quantised = functional.quantize_blockwise(value, own[code], blocksize=blocks)
+            own[scales] = quantised.absmax
+    return own
 
 
 def _rank_and_world() -> tuple[int, int]:
@@ -378,27 +496,31 @@ def _rank_and_world() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def _place(rank: int) -> str:
-    return f"rank{rank}of{_rank_and_world()[1]}"
+def _place() -> str:
+    rank, world = _rank_and_world()
+    return f"rank{rank}of{world}"
 
 
-def _from_all(own: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Every process's `own`, in order of their ranks."""
-    world = _rank_and_world()[1]
-    if world == 1:
-        return [own]
+def _from_all(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the main process what every one has, whose names differ; nothing on the others."""
+    rank, world = _rank_and_world()
+    if world == 1 or not own:
+        return own
     from torch import distributed
 
-    everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, own)
-    return everyone
+    everyone: list[Any] | None = [None] * world if rank == 0 else None
+    distributed.gather_object(own, everyone)
+    return {name: value for each in everyone or () for name, value in each.items()}
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _taken(tensor: Tensor, form: Form) -> Tensor | None:
     """A copy on the CPU: what training goes on to change in place stays as it was at this step."""
-    tensor = tensor.detach()
-    whole = cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
-    return whole.to("cpu", copy=True)
+    tensor, mine = tensor.detach(), _rank_and_world()[0] == 0
+    if is_sharded(tensor) and form == "sharded":
+        tensor, mine = local(tensor), True
+    elif is_sharded(tensor):
+        tensor = cast("DTensor", tensor).full_tensor()
+    return tensor.to("cpu", copy=True) if mine else None
 
 
 # Files.
@@ -410,7 +532,7 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if is_sharded(tensor):
-            raise ValueError(f"{name} is a DTensor, of which this process has a part; gather it first (`gathered`)")
+            raise ValueError(f"{name} is a DTensor, of which this process has a part; take it first (`taken`)")
         plain = tensor.detach().cpu().contiguous()
         if plain.untyped_storage().data_ptr() in seen:
             plain = plain.clone()

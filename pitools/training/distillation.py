@@ -228,11 +228,6 @@ def check_engine(plan: Plan, engine: Engine) -> None:
                 continue
             where = section
             engine.rows(training.batch, training.accumulation)
-            if engine.sharded and training.ema_device != "own":
-                raise ValueError(
-                    f'ema_device = "{training.ema_device}" and [engine] parallel = "fsdp2" are not supported together; '
-                    'use "own", whose averages are spread as the weights are'
-                )
             if training.optimiser.name == "adamw8bit":
                 import bitsandbytes  # noqa: F401
     except ValueError as error:

@@ -10,25 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from pitools.training.checkpoint import check_keys, placed
-from pitools.training.optimiser import is_sharded
+from pitools.training.optimiser import is_sharded, like_shard, local
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class EMA:
     """Averages the trainable floating-point parameters of a module; it keeps no copy of what is frozen.
 
-    averages: parameter name -> its average, of the parameter's shape; sharded as it is where the module was
-        sharded (FSDP2) before.  steps: how many updates they hold.
+    steps: how many updates the averages hold.
 
-    module: whose weights are followed.  gamma: γ >= 0; the larger, the shorter the memory.
+    module: whose weights are followed; if FSDP2 shards it, then before, and each process averages its own shards.
+    gamma: γ >= 0; the larger, the shorter the memory.
     dtype: of the averages; None for each parameter's own.  device: where they live; None for each parameter's own.
     On another device, a weight is copied there at each update, and an average to the weight's where it is applied.
-    Raises `ValueError` for a negative gamma, a dtype that is not floating-point, nothing to average, or a device for
-    sharded weights, whose averages lie where the shards do.
+    Raises `ValueError` for a negative gamma, a dtype that is not floating-point, or nothing to average.
     """
 
     def __init__(
@@ -49,12 +52,20 @@ class EMA:
         }
         if not followed:
             raise ValueError("module has no floating-point parameter that requires a gradient: nothing to average")
-        if device is not None and any(map(is_sharded, followed.values())):
-            raise ValueError(f"device must be None for sharded weights, got {device}: averages lie where shards do")
         self.gamma = gamma
         self.steps = 0
-        self.averages: dict[str, Tensor] = {
-            name: value.to(device or value.device, dtype or value.dtype, copy=True) for name, value in followed.items()
+        self._own = {
+            name: local(value).to(device or value.device, dtype or value.dtype, copy=True)
+            for name, value in followed.items()
+        }
+        self._sharded = {name: cast("DTensor", value) for name, value in followed.items() if is_sharded(value)}
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """Parameter name -> its average, of the parameter's shape; sharded as it is, and then on its device."""
+        return {
+            name: like_shard(own, self._sharded[name]) if name in self._sharded else own
+            for name, own in self._own.items()
         }
 
     @torch.no_grad()
@@ -63,12 +74,11 @@ class EMA:
         parameters = self._parameters(module)
         self.steps += 1
         beta = (1 - 1 / self.steps) ** (self.gamma + 1)
-        for name, average in self.averages.items():
-            value = parameters[name].to(average.device, average.dtype)
+        for name, average in self._own.items():
+            value = local(parameters[name]).to(average.device, average.dtype)
             if beta == 0:
                 average.copy_(value)
             else:
-                # Not lerp, which sharded tensors did not always have.
                 average.add_(value - average, alpha=1 - beta)
 
     @torch.no_grad()
@@ -78,7 +88,7 @@ class EMA:
         Nothing else of the module changes: neither buffers, nor parameters that were frozen.
         """
         for name, parameter in self._parameters(module).items():
-            parameter.copy_(self.averages[name])
+            local(parameter).copy_(self._own[name])
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
@@ -102,14 +112,15 @@ class EMA:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a `state_dict`, whole or sharded. `CheckpointError` names keys too many or missing, and shapes."""
         check_keys("the EMA's state", self.state_dict(), state)
-        for name, average in self.averages.items():
-            average.copy_(placed(state[f"averages/{name}"], average, f"averages/{name}"))
+        for name, average in self._own.items():
+            like = self._sharded.get(name, average)
+            average.copy_(local(placed(state[f"averages/{name}"], like, f"averages/{name}")))
         self.steps = int(state["steps"])
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
         # By name and not by requires_grad: switching adapters off also switches their gradients off.
         parameters = dict(module.named_parameters())
-        missing = [name for name in self.averages if name not in parameters]
+        missing = [name for name in self._own if name not in parameters]
         if missing:
             raise ValueError(f"module has no parameter {missing[0]!r}; pass the module that the EMA was made from")
-        return {name: parameters[name] for name in self.averages}
+        return {name: parameters[name] for name in self._own}

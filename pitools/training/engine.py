@@ -13,16 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from pitools.training.checkpoint import Form
 from pitools.training.config import RecipeError
 from pitools.types import Conditions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,15 @@ class EngineSection:
     """The recipe's section [engine].
 
     device: "cpu", "cuda" or "auto".  precision: of a network's forward pass; weights keep their own.  parallel: how
-    several processes share a network.  gradient_checkpointing: recompute activations in the backward pass.
+    several processes share a network.  checkpoints: FSDP2's are written by the main process, or by each process its
+    shards; either goes on on any number.  gradient_checkpointing: recompute activations in the backward pass.
     compile: `torch.compile` the student's network.  tensorboard: also log there.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "bf16"] = "float32"
     parallel: Literal["ddp", "fsdp2"] = "ddp"
+    checkpoints: Form = "consolidated"
     gradient_checkpointing: bool = False
     compile: bool = False
     tensorboard: bool = True
@@ -153,22 +158,34 @@ class Engine:
         everyone = self.accelerator.gather(torch.tensor([value], device=self.device))
         return bool((everyone == value).all())
 
+    def on_each(self, action: Callable[[], T]) -> list[T]:
+        """Do `action` on each process; what each returned, by rank. An error on one is raised on all."""
+        results: list[Any] = [None]
+        errors: list[Exception | None] = [None]
+        try:
+            results = [action()]
+        except Exception as raised:
+            errors = [raised]
+        if self.world > 1:
+            from torch.distributed import all_gather_object
+
+            own, everyone = (results[0], errors[0]), [None] * self.world
+            all_gather_object(everyone, own)
+            results, others = (list(each) for each in zip(*cast(Any, everyone), strict=True))
+            errors += others  # its own first: it knows where it came from
+        for error in errors:
+            if error is not None:
+                raise error
+        return results
+
     def on_main(self, action: Callable[[], object]) -> None:
         """Do `action` on the main process while the others wait; an error there is raised on all of them."""
-        error: Exception | None = None
-        if self.main:
-            try:
-                action()
-            except Exception as raised:
-                error = raised
-        if self.world > 1:
-            from torch.distributed import broadcast_object_list
 
-            told = [error]
-            broadcast_object_list(told, device=self.device)
-            error = error or told[0]
-        if error is not None:
-            raise error
+        def there() -> None:
+            if self.main:
+                action()
+
+        self.on_each(there)
 
     def rows(self, batch: int, accumulation: int) -> list[range]:
         """This process's rows of the global batch, for each accumulation step.

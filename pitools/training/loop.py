@@ -32,7 +32,7 @@ from pitools.training.errors import CheckpointError, DivergenceError, Stopped
 from pitools.training.interrupt import Interrupt, graceful_interrupt
 from pitools.training.jobs import Batch, Call, Job
 from pitools.training.log import RunLog, StepRecord, peak_memory
-from pitools.training.optimiser import Optimiser, build_optimiser, clip_at, learning_rate_at
+from pitools.training.optimiser import Optimiser, build_optimiser, clip_at, learning_rate_at, local
 from pitools.training.random import keyed_generator, sample_generators
 
 EMA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "own": None}
@@ -91,10 +91,10 @@ def train(
 
     name: of the run on the console and among the keys of its draws.  draw_sheet: given the averaged network and
     where to draw to (None on every process but the first, all of which call it).
-    Returns the averaged weights, whole and on the CPU. Raises `DivergenceError` at the first loss or gradient that
-    is not finite, before it reaches the weights, and for weights that are not, before they are saved; `Stopped`
-    after a signal, with everything saved; `CheckpointError` where nothing can be saved, naming the last good
-    checkpoint.
+    Returns the averaged weights, whole and on the CPU, to the main process, and nothing to others. Raises
+    `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights, and for weights
+    that are not, before they are saved; `Stopped` after a signal, with everything saved; `CheckpointError` where
+    nothing can be saved, naming the last good checkpoint.
     """
     rows = engine.rows(section.batch, section.accumulation)
     network, plain = engine.prepare(job.network), job.network
@@ -181,7 +181,7 @@ def train(
         # A signal during the last step must not be lost on what comes after this training.
         if engine.mean(_flag(interrupt, engine.device)).item():
             raise _stopped(name, section.steps, section.steps, interrupt)
-    return checkpoint.gathered(ema.averages)
+    return checkpoint.taken(ema.averages)
 
 
 def _batch(data: Data, seed: int, name: str, step: int, size: int, rows: range, engine: Engine) -> Batch:
@@ -280,21 +280,22 @@ def _save(
     log: RunLog,
     engine: Engine,
 ) -> None:
-    # Gathering takes every process; writing takes one.
-    tensors = {
-        "model": checkpoint.gathered(dict(named)),
-        "ema": checkpoint.gathered(ema.state_dict()),
-        "optimiser": checkpoint.optimiser_tensors(optimiser, named),
-    }
-    for key, value in tensors["model"].items():
-        # A finite gradient can still be too large a step; the next loss would tell, but after this checkpoint.
-        if not bool(value.isfinite().all()):
+    # A finite gradient can still be too large a step; the next loss would tell, but after this checkpoint.
+    bad = next((key for key, value in named if not bool(local(value.detach()).isfinite().all())), None)
+    for key in engine.on_each(lambda: bad):
+        if key is not None:
             raise DivergenceError(
                 f"{name}, step {step}: {key} is no longer finite; nothing of it was saved. {_kept(folder)}. "
                 "A lower learning rate may help"
             )
+    form = engine.section.checkpoints if engine.sharded else "consolidated"
+    tensors = {
+        "model": checkpoint.taken(dict(named), form),
+        "ema": checkpoint.taken(ema.state_dict(), form),
+        "optimiser": checkpoint.optimiser_tensors(optimiser, named, form),
+    }
     with _writing(folder, folder):
-        engine.on_main(lambda: checkpoint.save(folder, step, tensors, {"log": log.state()}, keep))
+        checkpoint.save(folder, step, tensors, {"log": log.state()}, keep, form, engine)
 
 
 def _resume(

@@ -164,3 +164,17 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a DTensor, in the same memory; any other tensor itself."""
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def like_shard(own: Tensor, like: DTensor) -> Tensor:
+    """This process's part of a tensor that is sharded as `like` is, as a DTensor on the device of `like`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        own.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )

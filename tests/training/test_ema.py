@@ -12,9 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from pitools.training import EMA, CheckpointError, keyed_generator, loop
-from pitools.training.config import RecipeError
-from pitools.training.distillation import check_engine
-from pitools.training.engine import Engine, EngineSection
+from pitools.training.engine import Engine
 from pitools.training.jobs import FlowMatching
 from pitools.training.recipe import plan
 
@@ -166,7 +164,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from pitools.training import EMA
-from pitools.training.checkpoint import gathered
+from pitools.training.checkpoint import taken
 
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
@@ -189,22 +187,17 @@ def equal(a, b):
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) for name in a)
 
-assert equal(gathered(ema.averages), reference.averages)
-own = gathered(dict(sharded.named_parameters()))
+assert equal(taken(ema.averages), reference.averages)
+own = taken(dict(sharded.named_parameters()))
 with ema.applied(sharded):
     reference.copy_to(plain)
-    assert equal(gathered(dict(sharded.named_parameters())), dict(plain.named_parameters()))
-    assert not equal(gathered(dict(sharded.named_parameters())), own)
-assert equal(gathered(dict(sharded.named_parameters())), own)
-try:
-    EMA(sharded, device="cpu")
-    raise SystemExit("a device was taken for sharded weights")
-except ValueError as error:
-    assert "device must be None" in str(error)
-resumed = EMA(sharded)
-resumed.load_state_dict(gathered(ema.state_dict()))
+    assert equal(taken(dict(sharded.named_parameters())), dict(plain.named_parameters()))
+    assert not equal(taken(dict(sharded.named_parameters())), own)
+assert equal(taken(dict(sharded.named_parameters())), own)
+resumed = EMA(sharded, device="cpu")
+resumed.load_state_dict(taken(ema.state_dict()))
 assert isinstance(resumed.averages["0.weight"], DTensor)
-assert equal(gathered(resumed.state_dict()), gathered(ema.state_dict()))
+assert equal(taken(resumed.state_dict()), taken(ema.state_dict()))
 distributed.destroy_process_group()
 print("as unsharded")
 """
@@ -277,16 +270,3 @@ def test_a_recipe_says_where_averages_live(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [None, "cpu"]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-
-
-def test_sharded_averages_cannot_be_placed() -> None:
-    engine = Engine(EngineSection(device="cpu", parallel="fsdp2"))
-    engine.world = 2
-    assert engine.sharded
-    check_engine(plan(tiny(), "recipe"), engine)
-    for section in ("training", "teacher.training"):
-        with pytest.raises(RecipeError, match=rf'^\[{section}\] ema_device = "cpu" .*use "own"') as refused:
-            check_engine(plan(tiny(**{f"{section}.ema_device": "cpu"}), "recipe"), engine)
-        assert "\n" not in str(refused.value)
-    engine.world = 1
-    check_engine(plan(tiny(**{"training.ema_device": "cpu"}), "recipe"), engine)
