@@ -323,7 +323,7 @@ def build_cache(
     """
     family = family_of(kind)
     records = read_records(prompts_source, column, image_column if images else None)[:limit]
-    listed = [[record.prompt, *_of_file(record.image)] for record in records]
+    listed = [[record.prompt, _place(record.image)] for record in records]
     identity: dict[str, JSON] = {
         "backbone": kind,
         "weights": weights,
@@ -348,9 +348,9 @@ def build_cache(
     return _written(folder, records, encode, Record(null_prompt), identity, family.masked, batch_size, console)
 
 
-def _of_file(path: Path | None) -> list[JSON]:
-    """What tells an image file from another one of the same name, wherever the folder lies."""
-    return [None] if path is None else [path.name, path.stat().st_size]
+def _place(path: Path | None) -> str | None:
+    """Where an image lies: one that is mended there is the same, one of the same name elsewhere is another."""
+    return None if path is None else str(path.resolve())
 
 
 def build_class_cache(
@@ -375,7 +375,7 @@ def build_class_cache(
     of other sizes.
     """
     records = [Labelled(label) for label in range(classes)] if images is None else read_classes(images, classes)
-    listed = [[record.label, *_of_file(record.image)] for record in records]
+    listed = [[record.label, _place(record.image)] for record in records]
     identity: dict[str, JSON] = {
         "backbone": "dit",
         "classes": classes,

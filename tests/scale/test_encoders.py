@@ -377,6 +377,9 @@ def test_an_image_that_cannot_be_read_is_named_and_replaced(
         build_class_cache(3, tmp_path / "cache", **options)
     broken.write_bytes(whole)
     assert len(build_class_cache(3, tmp_path / "cache", **options)) == 9
+    other = shutil.copytree(classes, tmp_path / "other")
+    with pytest.raises(CheckpointError, match="holds another cache: it differs in records"):
+        build_class_cache(3, tmp_path / "cache", **{**options, "images": other})
 
 
 def test_encoders_of_another_family_are_refused(saved: Path, tmp_path: Path) -> None:

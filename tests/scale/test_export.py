@@ -270,9 +270,8 @@ def test_weights_of_another_recipe_are_told(run: Run, tmp_path: Path) -> None:
         export(run.folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_a_dit_is_no_adapter(merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dit_has_nothing_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Run(tmp_path / "run", DiT(), {"gm": STUDENTS["gm"]})
     monkeypatch.setattr(module, "plan", made.planned)
-    with pytest.raises(ValueError, match=r"on a DiT, which .* has no adapter; its weights are .*student.safetensors"):
-        export(made.folder, tmp_path / "out", merge=merge)
+    with pytest.raises(ValueError, match=r"is a student on a DiT, trained whole: there is nothing to merge"):
+        export(made.folder, tmp_path / "out", merge=True)

@@ -35,7 +35,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux": ("flux-gm-4nfe", PLAIN),
     "dropout": ("qwen", {**PLAIN, "backbone.lora.dropout": 0.5}),
     "shipped": ("qwen", {}),
-    "nf4": ("qwen-nf4", {"backbone.dtype": "float32"}),
+    "nf4": ("qwen-nf4", {"backbone.dtype": "float32", "engine.precision": "float32"}),
     "saved": ("qwen", {**PLAIN, "backbone.weights": "saved", "students.gm.nfe": [2, 4]}),
 }
 """Name of a run, the recipe that it starts from, and what else is changed in it."""
