@@ -1,7 +1,8 @@
 """Adapted backbones on two real processes, by DDP and by FSDP2: they train as on one.
 
-The shipped recipes as they are, but for tiny transformers and stub data, few steps, and plain AdamW, whose states can
-be resumed on another number of processes.
+The shipped recipes as they are, but for tiny transformers, stub data and few steps; some with AdamW in the place of
+their 8-bit one, whose moments turn differences in a sum's last bits into steps of 1/256, and so cannot be followed to
+1e-4 in the weights.
 """
 
 from importlib.util import find_spec
@@ -25,13 +26,14 @@ STEPS, CUT = 4, 2
 STUDENT = "gm-4nfe"
 HAS_4BIT = find_spec("bitsandbytes") is not None
 
-PLAIN = {"engine.precision": "float32", "backbone.dtype": "float32", "backbone.lora.dropout": 0.0}
+EIGHT = {"engine.precision": "float32", "backbone.dtype": "float32", "backbone.lora.dropout": 0.0}
+PLAIN = {**EIGHT, "training.optimiser.name": "adamw"}
 """Where a process's rows come in batches of another size, no more than rounding in float32 may differ."""
 
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     # Sheets call student and teacher in the midst of training, with other weights.
     "data": ("qwen", {**PLAIN, "engine.gradient_checkpointing": False, "training.sheet_every": 1}),
-    "free": ("qwen-datafree", {**PLAIN, "engine.gradient_checkpointing": False}),
+    "free": ("qwen-datafree", {**EIGHT, "engine.gradient_checkpointing": False}),
     "flux": ("flux-gm-4nfe", PLAIN),
     "dropout": ("qwen", {**PLAIN, "backbone.lora.dropout": 0.5}),
     "shipped": ("qwen", {}),
@@ -53,7 +55,7 @@ def write(path: Path, recipe: str, changes: dict[str, Any]) -> None:
     tiny = {"backbone.weights": "tiny", "backbone.lora.rank": 4, "backbone.head.log_std_width": 16}
     tiny |= {"teacher.reference_steps": 2, "engine.tensorboard": False, "engine.device": "cpu"}
     training = {"steps": STEPS, "batch": 4, "accumulation": 2, "checkpoint_every": CUT, "log_every": 1}
-    training |= {"sheet_every": 2, "sheet_images": 3, "optimiser.name": "adamw"}
+    training |= {"sheet_every": 2, "sheet_images": 3}
     # With the usual eps, Adam's first steps are full ones along gradients that are rounding alone.
     training |= {"optimiser.learning_rate": 1e-3, "optimiser.warmup_steps": 0, "optimiser.eps": 1e-6}
     for name, value in (tiny | {f"training.{key}": value for key, value in training.items()} | changes).items():
@@ -123,7 +125,14 @@ def resumed(root: Path, two: Ended) -> Ended:
 def test_two_processes_train_as_one(root: Path, one: Path, two: Ended, name: str, parallel: str) -> None:
     student = root / parallel / name / STUDENT
     assert_same_course(student, one / name / STUDENT, 1, STEPS)
-    assert_same_weights(student, one / name / STUDENT)
+    if name != "free":
+        assert_same_weights(student, one / name / STUDENT)
+
+
+def test_the_shipped_optimisers_states_are_of_8_bits(root: Path, two: Ended) -> None:
+    for parallel in ("ddp", "fsdp2"):
+        path = root / parallel / "free" / STUDENT / "checkpoints" / f"step-{STEPS:08d}" / "optimiser.safetensors"
+        assert torch.uint8 in {value.dtype for value in load_file(path).values()}
 
 
 def test_sheets_are_those_of_one_process_and_change_nothing(root: Path, one: Path, two: Ended) -> None:
@@ -149,7 +158,8 @@ def _pixels(path: Path) -> torch.Tensor:
 def test_one_process_goes_on_from_two(root: Path, one: Path, resumed: Ended, name: str, parallel: str) -> None:
     student = root / f"{parallel}-one" / name / STUDENT
     assert_same_course(student, one / name / STUDENT, CUT + 1, STEPS)
-    assert_same_weights(student, one / name / STUDENT)
+    if name != "free":
+        assert_same_weights(student, one / name / STUDENT)
     assert resumed.out.count("Going on from") == 2 * len(SHARED)
 
 
