@@ -14,9 +14,10 @@ in a token, as in the published adapters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -99,7 +100,7 @@ def unpack(tokens: Tensor, rows: int) -> Tensor:
 class Base(nn.Module):
     """A transformer as a `VelocityNetwork`: latents `[B, C, H, W]` to their velocity.
 
-    Once a student shares the transformer, this asks through the student's module, so that whatever wraps that one
+    Once a student shares the transformer, this asks `through` the student's module, so that whatever wraps that one
     (FSDP2 does) is in the way of both.
 
     unread: where the weights lie that are on the meta device until a student's `materialise`; see `scale.loading`.
@@ -113,12 +114,12 @@ class Base(nn.Module):
         self.transformer: Any = transformer
         self.form = form
         self.unread = unread
-        self._shared: list[nn.Module] = []  # not a submodule: it has the transformer, too
+        self.through: Callable[[Tensor, Tensor, Conditions | None], Tensor] | None = None
 
     def forward(self, x_t: Tensor, t: Tensor, conditions: Conditions | None = None) -> Tensor:
         """The velocity at latents of that shape, t `[B]`."""
-        if self._shared:
-            return cast(Tensor, self._shared[0](x_t, t, conditions, as_teacher=True))
+        if self.through is not None:
+            return self.through(x_t, t, conditions)
         with lora_off(self.transformer):
             return _velocity(self.transformer, self.form, x_t, t, conditions)
 
@@ -173,7 +174,7 @@ class AdaptedPolicy(nn.Module):
         self.has_lora = bool(targets)
         add_lora(transformer, lora, targets, generator, dtype)
         self._tap = new_tap(transformer.norm_out)
-        base._shared[:] = [self]
+        base.through = partial(self, as_teacher=True)  # not a submodule: this one has the transformer, too
 
     def forward(
         self, x_src: Tensor, t_src: Tensor, conditions: Conditions | None = None, as_teacher: bool = False

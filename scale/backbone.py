@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pitools.policies import Head
+from pitools.training.random import drawing_from
 from pitools.types import PIXELWISE, Factorisation
+from scale import flux, flux2
 from scale.adapted import AdaptedPolicy, Base, Form, Heads, LoRA
-from scale.flux import FluxForm
-from scale.flux2 import Flux2Form
 from scale.loading import files_of, folder_of, outlined, pretrained
 from scale.quantise import Quantisation, loading_options, quantise
 from scale.qwen import QwenForm
@@ -55,7 +55,10 @@ class TextToImage:
     """Of the diffusers transformer."""
     channels: ClassVar[int] = 16
     """Of a latent."""
-    embeds_guidance: ClassVar[bool] = False
+    usual_guidance: ClassVar[float | None] = None
+    """The embedded scale that adapters are for unless they say otherwise; None where none is embedded."""
+    elastic: ClassVar[bool] = True
+    """Whether students serve more evaluations than they were trained for."""
     sizes: ClassVar[Mapping[str, Any]]
     """Of a tiny transformer."""
     full: ClassVar[Mapping[str, Any]] = {}
@@ -70,6 +73,11 @@ class TextToImage:
     def factorisation(self) -> Factorisation:
         """One mixture for each latent pixel, shared by its channels."""
         return PIXELWISE
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the transformer takes its guidance as a condition."""
+        return self.usual_guidance is not None
 
     @property
     def pretrained(self) -> bool:
@@ -164,15 +172,13 @@ class TextToImage:
         dtype = DTYPES[self.dtype]
         if self.weights in ("random", "tiny"):
             sizes = self.sizes if self.weights == "tiny" else self.full
-            with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
-                torch.set_rng_state(generator.get_state())
+            with drawing_from(generator):
                 usual = torch.get_default_dtype()
                 torch.set_default_dtype(dtype)  # never all of it in float32
                 try:
                     transformer = cls(**sizes)
                 finally:
                     torch.set_default_dtype(usual)
-                generator.set_state(torch.get_rng_state())
             return quantise(transformer, self.quantise)
         options = loading_options(self.quantise, dtype)
         try:
@@ -216,9 +222,10 @@ class Flux(TextToImage):
     weights: str = "black-forest-labs/FLUX.1-dev"
 
     kind: ClassVar[str] = "flux"
-    form: ClassVar[Form] = FluxForm()
+    form: ClassVar[Form] = flux.FluxForm()
     class_name: ClassVar[str] = "FluxTransformer2DModel"
-    embeds_guidance: ClassVar[bool] = True
+    usual_guidance: ClassVar[float | None] = flux.GUIDANCE
+    elastic: ClassVar[bool] = False
     full: ClassVar[Mapping[str, Any]] = {"guidance_embeds": True}
     sizes: ClassVar[Mapping[str, Any]] = {
         **_TINY,
@@ -236,17 +243,21 @@ class Flux2(TextToImage):
     weights: str = "black-forest-labs/FLUX.2-dev"
 
     kind: ClassVar[str] = "flux2"
-    form: ClassVar[Form] = Flux2Form()
+    form: ClassVar[Form] = flux2.Flux2Form()
     class_name: ClassVar[str] = "Flux2Transformer2DModel"
     channels: ClassVar[int] = 32
-    embeds_guidance: ClassVar[bool] = True
+    usual_guidance: ClassVar[float | None] = flux2.GUIDANCE
     sizes: ClassVar[Mapping[str, Any]] = {**_TINY, "num_single_layers": 2, "axes_dims_rope": (4, 4, 4, 4)}
 
 
 def backbone_of(transformer: Any) -> TextToImage:
     """The section of a transformer's class, with its defaults. `ValueError` for a class that has no adapter."""
+    return section_of(type(transformer).__name__)
+
+
+def section_of(class_name: str) -> TextToImage:
+    """The same by the name of the transformer's class."""
     known: dict[str, type[TextToImage]] = {cls.class_name: cls for cls in (QwenImage, Flux, Flux2)}
-    name = type(transformer).__name__
-    if name not in known:
-        raise ValueError(f"a {name} has no adapter; those known are {', '.join(known)}")
-    return known[name]()  # type: ignore[call-arg]  # each has its default weights
+    if class_name not in known:
+        raise ValueError(f"a {class_name} has no adapter; those known are {', '.join(known)}")
+    return known[class_name]()  # type: ignore[call-arg]  # each has its default weights

@@ -17,7 +17,8 @@ from torch import Tensor
 from pitools.policies import NetworkStudent
 from pitools.sampling import sample
 from scale.dit import DiTPolicy
-from scale.pipelines import Generators, steps_of, write_images
+from scale.pipelines import Generators, write_images
+from scale.served import COMMAND, steps_of
 
 
 @dataclass
@@ -56,7 +57,7 @@ class PiDiTPipeline:
         unknown = [label for label in labels if not 0 <= label < config.num_embeds_ada_norm]
         if unknown or not labels:
             raise ValueError(f"labels must lie in 0..{config.num_embeds_ada_norm - 1}, got {(unknown or labels)[:1]}")
-        steps = steps_of(self, num_inference_steps, force)
+        steps = steps_of(self.student.schedule.nfe, num_inference_steps, force, elastic=self.elastic)
         device = next(network.parameters()).device
         shape = (config.in_channels, config.sample_size, config.sample_size)
         latents = sample(
@@ -89,7 +90,7 @@ def sample_classes(
     console: Console,
 ) -> list[Path]:
     """As `scale.pipelines.sample_images`, with classes in the place of prompts."""
-    steps = steps_of(pipe, nfe, force)
+    steps = steps_of(pipe.student.schedule.nfe, nfe, force, elastic=pipe.elastic, words=COMMAND)
     wanted = [label for label in labels for _ in range(per_label)]
     seeds = [seed + i for i in range(len(wanted))]
     images: list[Any] = []

@@ -202,7 +202,9 @@ def sample(
     ] = False,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the base; by default bf16, or the run's.")] = None,
     device: Device = "auto",
-    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("samples"),
+    out: Annotated[
+        Path, typer.Option(help="The folder to write, over images that it may have of an earlier time.")
+    ] = Path("samples"),
 ) -> None:
     """Sample images with a distilled student.
 
@@ -241,6 +243,8 @@ def sample(
                 subfolder=subfolder,
                 vae=vae or IMAGENET_VAE,
                 device=_device(device),
+                nfe=nfe,
+                force=force,
                 console=console,
             )
             sample_classes(
@@ -263,6 +267,9 @@ def sample(
             offload=offload,
             dtype=None if dtype is None else dtype.value,
             device=_device(device),
+            nfe=nfe,
+            guidance=guidance,
+            force=force,
             console=console,
         )
         sample_images(

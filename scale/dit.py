@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pitools.policies import Head, HeadSizes, Outputs
+from pitools.training.random import drawing_from
 from pitools.types import PIXELWISE, Conditions, Factorisation, patchwise
+from scale.adapted import Heads
 from scale.heads import Layout, PolicyHeads
 from scale.loading import is_file, pretrained, tensors_of
 
@@ -31,24 +33,19 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True)
-class DiTHead:
+class DiTHead(Heads):
     """Recipe section `[backbone.head]`: what a student adds to the transformer.
 
-    factor: what one mixture of a policy covers, a latent "pixel" or a whole "patch".  spread: standard deviation of
-    the noise that tells the components of a mixture apart at the start.  log_std_width: of that head's hidden layer.
+    factor: what one mixture of a policy covers, a latent "pixel" or a whole "patch".  Others: see `Heads`.
     """
 
-    factor: Factor = "pixel"
     spread: float = 0.05
-    log_std_width: int = 1024
+    factor: Factor = "pixel"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.factor not in get_args(Factor):
             raise ValueError(f'factor must be "pixel" or "patch", got {self.factor!r}')
-        if self.log_std_width < 1:
-            raise ValueError(f"log_std_width must be at least 1, got {self.log_std_width}")
-        if not self.spread >= 0:
-            raise ValueError(f"spread must not be negative, got {self.spread}")
 
 
 @dataclass(frozen=True)
@@ -155,12 +152,10 @@ class DiT:
                 raise ValueError(f"weights {self.weights!r} cannot be loaded: {error}") from error
             self._check(transformer.config)
             return self._wrapped(transformer)
-        with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
-            torch.set_rng_state(generator.get_state())
+        with drawing_from(generator):
             transformer = model(**self._config, norm_num_groups=1)
             # One to be trained starts at zero velocity; one that stands for trained weights does not.
             _initialise_teacher(transformer, last_zero=not self.pretrained)
-            generator.set_state(torch.get_rng_state())
         return self._wrapped(transformer)
 
     def _empty(self) -> Any:

@@ -69,7 +69,7 @@ class Family(Protocol):
 
 
 @dataclass(frozen=True)
-class Qwen:
+class QwenEncoders:
     """`QwenImagePipeline`: a text's length is its own."""
 
     pipeline: str = "QwenImagePipeline"
@@ -92,7 +92,7 @@ class Qwen:
 
 
 @dataclass(frozen=True)
-class Flux:
+class FluxEncoders:
     """`FluxPipeline`: T5 and its padding, on which the transformer was trained, and pooled CLIP."""
 
     pipeline: str = "FluxPipeline"
@@ -113,7 +113,7 @@ class Flux:
 
 
 @dataclass(frozen=True)
-class Flux2:
+class Flux2Encoders:
     """`Flux2Pipeline`: three layers of its text encoder and their padding."""
 
     pipeline: str = "Flux2Pipeline"
@@ -135,7 +135,7 @@ class Flux2:
 
 def family_of(kind: str) -> Family:
     """The family that recipes call `kind`, "qwen", "flux" or "flux2"; `ValueError` for another."""
-    families: Mapping[str, Family] = {"qwen": Qwen(), "flux": Flux(), "flux2": Flux2()}
+    families: Mapping[str, Family] = {"qwen": QwenEncoders(), "flux": FluxEncoders(), "flux2": Flux2Encoders()}
     if kind not in families:
         raise ValueError(f"kind must be one of {', '.join(families)}, got {kind!r}")
     return families[kind]

@@ -33,7 +33,7 @@ class FluxForm:
         return transformer(
             hidden_states=packed,
             timestep=t,
-            img_ids=_image_ids(grid, packed),
+            img_ids=places(packed, 1, *grid).float(),
             txt_ids=packed.new_zeros(text.shape[1], 3),
             return_dict=False,
             **given,
@@ -48,7 +48,6 @@ class FluxForm:
         return [name for name, _ in transformer.named_modules() if pattern.fullmatch(name)]
 
 
-def _image_ids(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """(0, row, column) for each token, row slowest."""
-    rows, columns = (torch.arange(size, device=like.device, dtype=torch.float32) for size in grid)
-    return torch.cartesian_prod(rows.new_zeros(1), rows, columns)
+def places(like: Tensor, *sizes: int) -> Tensor:
+    """The places of a grid of these sizes `[product, len(sizes)]`, the last varying fastest, where `like` lies."""
+    return torch.cartesian_prod(*(torch.arange(size, device=like.device) for size in sizes))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pitools.types import Conditions
+from scale.flux import places
 
 GUIDANCE = 4.0
 """What the pipelines of FLUX.2-dev and its adapters use unless told otherwise."""
@@ -37,8 +38,8 @@ class Flux2Form:
         return transformer(
             hidden_states=packed,
             timestep=t,
-            img_ids=_ids(packed, 1, *grid, 1),
-            txt_ids=_ids(packed, 1, 1, 1, text.shape[1]),
+            img_ids=places(packed, 1, *grid, 1),
+            txt_ids=places(packed, 1, 1, 1, text.shape[1]),
             return_dict=False,
             **given,
         )[0]
@@ -50,8 +51,3 @@ class Flux2Form:
         time = r"time_guidance_embed\.timestep_embedder\.linear_[12]"
         pattern = re.compile(f"{double}|{single}|{time}")
         return [name for name, _ in transformer.named_modules() if pattern.fullmatch(name)]
-
-
-def _ids(like: Tensor, *sizes: int) -> Tensor:
-    """The places of a grid of these four sizes `[product, 4]`, the last varying fastest."""
-    return torch.cartesian_prod(*(torch.arange(size, device=like.device) for size in sizes))

@@ -30,7 +30,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from diffusers import (
@@ -45,10 +45,11 @@ from torch import Tensor
 
 from pitools.policies import NetworkStudent
 from pitools.sampling import Look, sample
-from scale import flux, flux2
 from scale.adapted import ADAPTER, AdaptedPolicy, pack, unpack
-from scale.backbone import DTYPES, Flux, Flux2, QwenImage, TextToImage
+from scale.backbone import DTYPES, Flux, Flux2, QwenImage, TextToImage, backbone_of
+from scale.published import load_adapter
 from scale.quantise import Quantisation
+from scale.served import CALL, COMMAND, Words, guidance_of, steps_of
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -59,17 +60,26 @@ StepEnd: TypeAlias = Callable[[Any, int, float, dict[str, Any]], Any]
 """Told the pipeline, the step from 0, 1000 t, and {"latents": x}."""
 
 
-class PiQwenImagePipeline(QwenImagePipeline):
-    """Qwen-Image in a few steps. It runs without guidance, which its adapters have distilled in."""
+class FewSteps:
+    """What all three have beside diffusers' own: a student on their transformer."""
 
     transformer: Any
     student: NetworkStudent | None = None
-    elastic: ClassVar[bool] = True
-    usual_guidance: ClassVar[float | None] = None
 
-    def load_pi_adapter(self, path_or_hub_id: str | Path, subfolder: str | None = None) -> None:
+    def load_pi_adapter(
+        self,
+        path_or_hub_id: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Set `student` from a published adapter, as `scale.load_adapter` does; an earlier one is taken off."""
-        self.student = _load(self, path_or_hub_id, subfolder)
+        self.student = load_adapter(self.transformer, path_or_hub_id, subfolder, revision=revision, dtype=dtype)
+
+
+class PiQwenImagePipeline(FewSteps, QwenImagePipeline):
+    """Qwen-Image in a few steps. It runs without guidance, which its adapters have distilled in."""
 
     @torch.no_grad()
     def __call__(
@@ -111,8 +121,7 @@ class PiQwenImagePipeline(QwenImagePipeline):
             prompt_embeds_mask=prompt_embeds_mask,
             max_sequence_length=max_sequence_length,
         )
-        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
-        guidance = _guidance(self, guidance_scale, force)
+        nfe, guidance = _asked(self, num_inference_steps, guidance_scale, force)
         text, mask = self.encode_prompt(
             prompt,
             prompt_embeds=prompt_embeds,
@@ -121,10 +130,7 @@ class PiQwenImagePipeline(QwenImagePipeline):
         )
         given = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
         conditions = _conditions(given, num_images_per_prompt, guidance)
-        noise = self.prepare_latents(*_noise(self, conditions, height, width, generator))
-        latents = _sampled(
-            self, student, unpack(noise, height // 16), nfe, conditions, generator, renoise, callback_on_step_end
-        )
+        latents = _sampled(self, height, width, nfe, conditions, generator, renoise, callback_on_step_end)
         return _finished(self, latents, output_type, return_dict)
 
     def decoded(self: Any, latents: Tensor) -> Tensor:
@@ -135,17 +141,8 @@ class PiQwenImagePipeline(QwenImagePipeline):
         return cast(Tensor, self.vae.decode(frames, return_dict=False)[0][:, :, 0])
 
 
-class PiFluxPipeline(FluxPipeline):
+class PiFluxPipeline(FewSteps, FluxPipeline):
     """FLUX.1 in a few steps, at the guidance that its adapter was trained for: 3.5 for those that are published."""
-
-    transformer: Any
-    student: NetworkStudent | None = None
-    elastic: ClassVar[bool] = False
-    usual_guidance: ClassVar[float | None] = flux.GUIDANCE
-
-    def load_pi_adapter(self, path_or_hub_id: str | Path, subfolder: str | None = None) -> None:
-        """Set `student` from a published adapter, as `scale.load_adapter` does; an earlier one is taken off."""
-        self.student = _load(self, path_or_hub_id, subfolder)
 
     @torch.no_grad()
     def __call__(
@@ -183,8 +180,7 @@ class PiFluxPipeline(FluxPipeline):
             pooled_prompt_embeds=pooled_prompt_embeds,
             max_sequence_length=max_sequence_length,
         )
-        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
-        guidance = _guidance(self, guidance_scale, force)
+        nfe, guidance = _asked(self, num_inference_steps, guidance_scale, force)
         text, pooled, _ = self.encode_prompt(
             prompt,
             prompt_embeds=prompt_embeds,
@@ -193,10 +189,7 @@ class PiFluxPipeline(FluxPipeline):
         )
         given = {"encoder_hidden_states": text, "pooled_projections": pooled}
         conditions = _conditions(given, num_images_per_prompt, guidance)
-        noise, _ = self.prepare_latents(*_noise(self, conditions, height, width, generator))
-        latents = _sampled(
-            self, student, unpack(noise, height // 16), nfe, conditions, generator, renoise, callback_on_step_end
-        )
+        latents = _sampled(self, height, width, nfe, conditions, generator, renoise, callback_on_step_end)
         return _finished(self, latents, output_type, return_dict)
 
     def decoded(self: Any, latents: Tensor) -> Tensor:
@@ -206,17 +199,8 @@ class PiFluxPipeline(FluxPipeline):
         return cast(Tensor, self.vae.decode(own.to(self.vae.dtype), return_dict=False)[0])
 
 
-class PiFlux2Pipeline(Flux2Pipeline):
+class PiFlux2Pipeline(FewSteps, Flux2Pipeline):
     """FLUX.2 in a few steps, at the guidance that its adapter was trained for: 4 unless it says otherwise."""
-
-    transformer: Any
-    student: NetworkStudent | None = None
-    elastic: ClassVar[bool] = True
-    usual_guidance: ClassVar[float | None] = flux2.GUIDANCE
-
-    def load_pi_adapter(self, path_or_hub_id: str | Path, subfolder: str | None = None) -> None:
-        """Set `student` from a published adapter, as `scale.load_adapter` does; an earlier one is taken off."""
-        self.student = _load(self, path_or_hub_id, subfolder)
 
     @torch.no_grad()
     def __call__(
@@ -245,14 +229,10 @@ class PiFlux2Pipeline(Flux2Pipeline):
         _check_output(output_type)
         height, width = _size(self, height, width)
         self.check_inputs(prompt, height, width, prompt_embeds=prompt_embeds)
-        student, nfe = _student(self), steps_of(self, num_inference_steps, force)
-        guidance = _guidance(self, guidance_scale, force)
+        nfe, guidance = _asked(self, num_inference_steps, guidance_scale, force)
         text, _ = self.encode_prompt(prompt, prompt_embeds=prompt_embeds, max_sequence_length=max_sequence_length)
         conditions = _conditions({"encoder_hidden_states": text}, num_images_per_prompt, guidance)
-        noise, _ = self.prepare_latents(*_noise(self, conditions, height, width, generator))
-        latents = _sampled(
-            self, student, unpack(noise, height // 16), nfe, conditions, generator, renoise, callback_on_step_end
-        )
+        latents = _sampled(self, height, width, nfe, conditions, generator, renoise, callback_on_step_end)
         return _finished(self, latents, output_type, return_dict)
 
     def decoded(self: Any, latents: Tensor) -> Tensor:
@@ -265,12 +245,6 @@ class PiFlux2Pipeline(Flux2Pipeline):
 
 
 PiPipeline: TypeAlias = PiQwenImagePipeline | PiFluxPipeline | PiFlux2Pipeline
-
-
-def _load(pipe: Any, path_or_hub_id: str | Path, subfolder: str | None) -> NetworkStudent:
-    from scale.published import load_adapter
-
-    return load_adapter(pipe.transformer, path_or_hub_id, subfolder)
 
 
 def _student(pipe: Any) -> NetworkStudent:
@@ -310,37 +284,17 @@ def _size(pipe: Any, height: int | None, width: int | None) -> tuple[int, int]:
     return sizes[0], sizes[1]
 
 
-def steps_of(pipe: Any, asked: int | None, force: bool) -> int:
-    """Network evaluations: as many as the student was trained for or, with elastic pipelines, more."""
-    own: int = pipe.student.schedule.nfe
-    steps = own if asked is None else asked
-    if not force and (steps < own or (steps > own and not pipe.elastic)):
-        raise ValueError(
-            f"num_inference_steps must be {own}{' or more' if pipe.elastic else ''} for this adapter, got {steps}; "
-            f"force=True tries it all the same"
-        )
-    return steps
-
-
-def _guidance(pipe: Any, asked: float | None, force: bool) -> float | None:
-    """The embedded scale: the student's own, or the usual one where it does not say; None where none is embedded."""
-    if not pipe.transformer.config.guidance_embeds:
-        if asked not in (None, 1):
-            raise ValueError(
-                f"guidance_scale must be 1, got {asked}: a {type(pipe.transformer).__name__} of this kind embeds no "
-                f"guidance; leave it out"
-            )
-        return None
-    own: float | None = pipe.student.network.guidance
-    trained = pipe.usual_guidance if own is None else own
-    if asked is None or asked == trained:
-        return trained
-    if not force:
-        raise ValueError(
-            f"guidance_scale must be {trained}, which the adapter was trained for, got {asked}; "
-            f"force=True tries it all the same"
-        )
-    return asked
+def _asked(
+    pipe: Any, steps: int | None, guidance: float | None, force: bool, words: Words = CALL
+) -> tuple[int, float | None]:
+    """Network evaluations and embedded scale, if the pipeline's student serves them."""
+    student, section = _student(pipe), backbone_of(pipe.transformer)
+    trained: float | None = None
+    if pipe.transformer.config.guidance_embeds:
+        own = cast(AdaptedPolicy, student.network).guidance
+        trained = section.usual_guidance if own is None else own
+    nfe = steps_of(student.schedule.nfe, steps, force, elastic=section.elastic, words=words)
+    return nfe, guidance_of(trained, guidance, force, words=words)
 
 
 def _conditions(given: Mapping[str, Tensor | None], copies: int, guidance: float | None) -> dict[str, Tensor]:
@@ -356,18 +310,10 @@ def _conditions(given: Mapping[str, Tensor | None], copies: int, guidance: float
     return conditions
 
 
-def _noise(
-    pipe: Any, conditions: Mapping[str, Tensor], height: int, width: int, generator: Generators
-) -> Sequence[Any]:
-    """What `prepare_latents` is asked for: float32 whatever the transformer's dtype."""
-    count, channels = len(conditions["encoder_hidden_states"]), pipe.transformer.config.in_channels // 4
-    return count, channels, height, width, torch.float32, pipe._execution_device, generator
-
-
 def _sampled(
     pipe: Any,
-    student: NetworkStudent,
-    noise: Tensor,
+    height: int,
+    width: int,
     nfe: int,
     conditions: Mapping[str, Tensor],
     generator: Generators,
@@ -375,6 +321,10 @@ def _sampled(
     step_end: StepEnd | None,
 ) -> Tensor:
     """Latents at t = 0. A step has ended when the next look is taken, or when all is done."""
+    count, channels = len(conditions["encoder_hidden_states"]), pipe.transformer.config.in_channels // 4
+    # float32 whatever the transformer's dtype. FLUX's pipelines answer with places of tokens, too.
+    made = pipe.prepare_latents(count, channels, height, width, torch.float32, pipe._execution_device, generator)
+    noise = unpack(made if isinstance(made, Tensor) else made[0], height // 16)
     times: list[float] = []
 
     def end(latents: Tensor) -> None:
@@ -393,7 +343,7 @@ def _sampled(
 
     with pipe.progress_bar(total=nfe) as bar:
         latents = sample(
-            student, noise, nfe, conditions=conditions, generator=generator, renoise=renoise, callback=look
+            pipe.student, noise, nfe, conditions=conditions, generator=generator, renoise=renoise, callback=look
         )
         end(latents)
     return latents
@@ -496,8 +446,7 @@ def sample_images(
     if not prompts or per_prompt < 1:
         raise ValueError(f"there is nothing to sample for {len(prompts)} prompts with {per_prompt} images each")
     _size(pipe, height, width)
-    _student(pipe)
-    steps, scale = steps_of(pipe, nfe, force), _guidance(pipe, guidance, force)
+    steps, scale = _asked(pipe, nfe, guidance, force, COMMAND)
     out.mkdir(parents=True, exist_ok=True)
     images: list[Any] = []
     for prompt in prompts:

@@ -40,11 +40,6 @@ class Labelled:
     image: Path | None = None
 
 
-def read_prompts(source: str | Path, column: str = "prompt") -> list[str]:
-    """The prompts of `source`; see `read_records`."""
-    return [record.prompt for record in read_records(source, column)]
-
-
 def read_records(source: str | Path, column: str = "prompt", image_column: str | None = None) -> list[Record]:
     """The prompts of a file or a data set of the hub, in its order, and with `image_column` their images.
 

@@ -33,9 +33,8 @@ from pitools.policies import DXHead, GMHead, Head, NetworkStudent, PolynomialHea
 from pitools.training.checkpoint import CONTENTS, check_keys, read_tensors, write_json, write_tensors
 from pitools.training.errors import CheckpointError
 from pitools.types import Schedule
-from scale import flux, flux2
 from scale.adapted import ADAPTER, PATCH, AdaptedPolicy, Base, Heads, LoRA, computes_in, lora_off
-from scale.backbone import backbone_of
+from scale.backbone import backbone_of, section_of
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 FORMAT = 1
@@ -46,7 +45,6 @@ SHIFT, FINAL_STEP_SCALE, NFE = 3.2, 0.5, 4
 
 Kind: TypeAlias = Literal["gm", "dx", "polynomial"]
 
-_GUIDANCE = {"FluxTransformer2DModel": flux.GUIDANCE, "Flux2Transformer2DModel": flux2.GUIDANCE}
 _LAYERS = ("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
 _MIXTURE = {
     "heads.velocities.": "proj_out_means.",
@@ -192,20 +190,32 @@ def load_weights(student: NetworkStudent, weights: Mapping[str, Tensor]) -> None
             value.copy_(weights[name])
 
 
-def base_class(path_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None) -> str:
-    """The class of the diffusers transformer that an adapter is for, as its config or its metadata says.
+@dataclass(frozen=True)
+class Purpose:
+    """What an adapter is for. base: the class of its diffusers transformer.  guidance: embedded; None for none."""
 
-    Arguments as of `load_adapter`. `ValueError` for an adapter that cannot be had, or that does not say.
+    base: str
+    schedule: Schedule
+    guidance: float | None
+
+
+def purpose_of(path_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None) -> Purpose:
+    """What an adapter is for, as its config or its metadata says, before there is a base.
+
+    Arguments as of `load_adapter`. `ValueError` for an adapter that cannot be had, that does not say of which
+    transformer it is, or of one that has no adapters.
     """
-    weights, config, _ = _located(path_or_hub_id, subfolder, revision)
-    named = {} if config is None else _json(str(config), _text(config))
-    if "_class_name" in named:
-        return str(named["_class_name"]).removeprefix("GM").removeprefix("DX")
-    with _opened(weights) as file:
-        ours = _json(f"{weights}: pitools", (file.metadata() or {}).get("pitools", "{}"))
-    if "base" not in ours:
-        raise ValueError(f"{weights} does not say of which transformer it is an adapter: it has no {CONFIG} beside it")
-    return str(ours["base"])
+    file = read_file(path_or_hub_id, subfolder, revision, outline=True)
+    if "_class_name" in file.config:
+        base = str(file.config["_class_name"]).removeprefix("GM").removeprefix("DX")
+    elif "base" in file.ours:
+        base = str(file.ours["base"])
+    else:
+        raise ValueError(
+            f"{file.source} does not say of which transformer it is an adapter: it has no {CONFIG} beside it"
+        )
+    usual = section_of(base).usual_guidance if file.config.get("guidance_embeds", True) else None
+    return Purpose(base, _schedule(file, _kind(file)[0])[0], _guidance(file, usual))
 
 
 # Writing.
@@ -287,12 +297,14 @@ class _Fitted:
     weights: Mapping[str, Tensor]
 
 
-def read_file(path_or_hub_id: str | Path, subfolder: str | None, revision: str | None) -> File:
+def read_file(path_or_hub_id: str | Path, subfolder: str | None, revision: str | None, outline: bool = False) -> File:
+    """An adapter; as an outline with empty tensors on the meta device in the place of its own."""
     weights, config, name = _located(path_or_hub_id, subfolder, revision)
     with _opened(weights) as file:
         metadata: Mapping[str, str] = file.metadata() or {}
-        signed = "pitools" in metadata and CONTENTS in metadata
-        tensors = {} if signed else {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        signed = "pitools" in metadata and CONTENTS in metadata and not outline
+        keys = [] if signed else file.keys()
+        tensors = {key: torch.empty(0, device="meta") if outline else file.get_tensor(key) for key in keys}
     if signed:
         try:
             tensors = read_tensors(weights)
@@ -393,10 +405,8 @@ def _fitted(file: File, transformer: Any, dtype: torch.dtype) -> _Fitted:
     schedule, more = _schedule(file, kind)
     if assumed or more:
         _log.warning("%s does not say all that it is for; assumed: %s", file.source, ", ".join([*assumed, *more]))
-    usual = _GUIDANCE.get(type(transformer).__name__) if transformer.config.get("guidance_embeds", False) else None
-    guidance = file.ours.get("guidance", usual)
-    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, int | float)):
-        raise ValueError(f"{file.source}: the guidance of its metadata must be a number or null, got {guidance!r}")
+    embeds = transformer.config.get("guidance_embeds", False)
+    guidance = _guidance(file, backbone_of(transformer).usual_guidance if embeds else None)
     return _Fitted(
         heads[kind](velocities),
         schedule,
@@ -561,6 +571,13 @@ def _schedule(file: File, kind: Kind) -> tuple[Schedule, list[str]]:
                 f"{schedule.nfe}, shift {schedule.shift} and final_step_scale {schedule.final_step_scale} has {own}"
             )
     return schedule, assumed
+
+
+def _guidance(file: File, usual: float | None) -> float | None:
+    guidance = file.ours.get("guidance", usual)
+    if guidance is not None and (isinstance(guidance, bool) or not isinstance(guidance, int | float)):
+        raise ValueError(f"{file.source}: the guidance of its metadata must be a number or null, got {guidance!r}")
+    return guidance
 
 
 def _positive(file: File, name: str) -> float:

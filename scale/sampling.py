@@ -11,14 +11,15 @@ from rich.console import Console
 from pitools.training.distillation import build_student
 from pitools.training.random import keyed_generator
 from scale.adapted import AdaptedPolicy, Base, computes_in
-from scale.backbone import TextToImage
+from scale.backbone import TextToImage, section_of
 from scale.classes import PiDiTPipeline
 from scale.dit import DiT, DiTPolicy
 from scale.encoders import IMAGENET_VAE, image_encoder_for
 from scale.export import found_student, student_weights
-from scale.pipelines import PIPELINES, PiPipeline, pipeline_for
-from scale.published import WEIGHTS, base_class, load_weights, trained_parameters
+from scale.pipelines import PiPipeline, pipeline_for
+from scale.published import WEIGHTS, load_weights, purpose_of, trained_parameters
 from scale.quantise import Quantisation
+from scale.served import COMMAND, guidance_of, steps_of
 from scale.whole import give, load_whole
 
 
@@ -31,6 +32,9 @@ def pipeline_with(
     dtype: Literal["bf16", "float32"] | None = None,
     device: torch.device | str = "cpu",
     offload: bool = False,
+    nfe: int | None = None,
+    guidance: float | None = None,
+    force: bool = False,
     console: Console | None = None,
 ) -> PiPipeline:
     """The pipeline of the base, with the student of a run (its averaged weights) or of an adapter.
@@ -38,18 +42,22 @@ def pipeline_with(
     target: a run's folder or a student's in it; else an adapter's folder, file or hub id, with `subfolder`.
     base: hub id or folder of the base's pipeline, or "tiny"; None for the run's own, or the adapter's usual one.
     quantise, dtype: of the base; None for the run's own, or none and bf16.  offload: see `pipeline_for`.
-    Raises what `found_student`, `pipeline_for` and `load_adapter` raise.
+    nfe, guidance, force: what will be asked of it, which is refused before the base is loaded.
+    Raises what `found_student`, `pipeline_for` and `load_adapter` raise, and `ValueError` for what is refused.
     """
     path = Path(target)
     if is_of_run(path):
         if subfolder is not None:
             raise ValueError(f"subfolder {subfolder!r} is of an adapter, and {path} is a run; name RUN/STUDENT instead")
-        return _of_run(path, base, quantise, dtype, device, offload, console)
-    kind = _kind(base_class(target, subfolder))
+        return _of_run(path, base, quantise, dtype, device, offload, nfe, guidance, force, console)
+    purpose = purpose_of(target, subfolder)
+    section = section_of(purpose.base)
+    steps_of(purpose.schedule.nfe, nfe, force, elastic=section.elastic, words=COMMAND)
+    guidance_of(purpose.guidance, guidance, force, words=COMMAND)
     tiny = base == "tiny"
     seeded = keyed_generator(0, "teacher weights")  # as `--tiny` draws them
     own = dtype or ("float32" if tiny else "bf16")
-    pipe = pipeline_for(kind, base, own, device, quantise or "none", seeded, offload=offload)
+    pipe = pipeline_for(section.kind, base, own, device, quantise or "none", seeded, offload=offload)
     if tiny and console is not None:
         _tell_tiny(console)
     pipe.load_pi_adapter(target, subfolder)
@@ -62,11 +70,14 @@ def classes_with(
     subfolder: str | None = None,
     vae: str = IMAGENET_VAE,
     device: torch.device | str = "cpu",
+    nfe: int | None = None,
+    force: bool = False,
     console: Console | None = None,
 ) -> PiDiTPipeline:
     """A student of the DiT and the VAE: of a run (its averaged weights), or as `scale.whole` and the hub have it.
 
     target, subfolder: as of `pipeline_with`.  vae: hub id or folder of an `AutoencoderKL`, or "tiny" for a stub.
+    nfe, force: what will be asked of it, which is refused before the VAE is loaded.
     Raises what `found_student`, `load_whole` and `image_encoder_for` raise.
     """
     path = Path(target)
@@ -78,6 +89,7 @@ def classes_with(
         give(cast(DiTPolicy, student.network), student_weights(member))
     else:
         student = load_whole(target, subfolder)
+    steps_of(student.schedule.nfe, nfe, force, elastic=PiDiTPipeline.elastic, words=COMMAND)
     network = cast(DiTPolicy, student.network)
     network.eval().to(device)
     if vae != "tiny":
@@ -102,12 +114,18 @@ def _of_run(
     dtype: Literal["bf16", "float32"] | None,
     device: torch.device | str,
     offload: bool,
+    nfe: int | None,
+    guidance: float | None,
+    force: bool,
     console: Console | None,
 ) -> PiPipeline:
     planned, member = found_student(path)
     backbone = planned.backbone
     if not isinstance(backbone, TextToImage):
         raise ValueError(f"{path} is a run of a {type(backbone).__name__}, which takes no prompts")
+    trained = planned.recipe.teacher.guidance.embedded
+    steps_of(member.nfe, nfe, force, elastic=backbone.elastic, words=COMMAND)
+    guidance_of(backbone.usual_guidance if trained is None else trained, guidance, force, words=COMMAND)
     weights = student_weights(member)
     seeded = keyed_generator(planned.recipe.teacher.seed, "teacher weights")
     pipe = pipeline_for(
@@ -133,10 +151,3 @@ def _of_run(
 
 def _tell_tiny(console: Console) -> None:
     console.print("A tiny random network between stubs of a text encoder and a VAE: the images show nothing.")
-
-
-def _kind(name: str) -> str:
-    for kind, (section, _) in PIPELINES.items():
-        if section.class_name == name:
-            return kind
-    raise ValueError(f"an adapter of a {name} has no pipeline here; those known are {', '.join(PIPELINES)}")

@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from training.recipes import tiny, write
 
 README = Path(__file__).parent.parent / "README.md"
@@ -30,7 +32,9 @@ def marked(name: str, language: str) -> str:
 
 
 def test_the_backbone_of_a_third_party_is_distilled(tmp_path: Path) -> None:
-    (tmp_path / "my_backbone.py").write_text(marked("backbone", "python"))
+    code = marked("backbone", "python")
+    assert len(code.splitlines()) <= 40, "short enough to be read before it is copied"
+    (tmp_path / "my_backbone.py").write_text(code)
     package = tmp_path / "mine-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
@@ -47,6 +51,28 @@ def test_the_backbone_of_a_third_party_is_distilled(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "runs" / "recipe" / "gm-2nfe" / "student.safetensors").is_file()
+
+
+def test_the_backbone_of_a_third_party_draws_from_its_generator_alone() -> None:
+    from pitools.policies import GMHead
+
+    made: dict[str, Any] = {"__name__": "my_backbone"}
+    exec(marked("backbone", "python"), made)
+    before = torch.get_rng_state()
+
+    def weights(seed: int) -> Tensor:
+        """Of a teacher and its student, one after the other from the same generator."""
+        generator, backbone = torch.Generator().manual_seed(seed), made["Mine"](width=4)
+        teacher = backbone.teacher(generator)
+        networks = (teacher, backbone.student(teacher, GMHead(2), generator))
+        return torch.cat([value.flatten() for network in networks for value in network.parameters()])
+
+    first = weights(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng(devices=[]):
+        torch.rand(1)
+        assert torch.equal(weights(0), first)
+    assert not torch.equal(weights(1), first)
 
 
 def test_the_adapters_block_runs_on_a_tiny_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

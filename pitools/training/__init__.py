@@ -10,5 +10,6 @@ from pitools.training.optimiser import Optimiser as Optimiser
 from pitools.training.optimiser import build_optimiser as build_optimiser
 from pitools.training.optimiser import clip_at as clip_at
 from pitools.training.optimiser import learning_rate_at as learning_rate_at
+from pitools.training.random import drawing_from as drawing_from
 from pitools.training.random import keyed_generator as keyed_generator
 from pitools.training.random import sample_generators as sample_generators

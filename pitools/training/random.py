@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,3 +24,15 @@ def keyed_generator(
 def sample_generators(seed: int, purpose: str, step: int, samples: Iterable[int]) -> list[torch.Generator]:
     """One generator for each global sample index: a draw does not depend on how a batch is cut up."""
     return [keyed_generator(seed, purpose, step, sample=sample) for sample in samples]
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Within it, modules that are made draw their weights from `generator`, which lives on the CPU.
+
+    They draw from torch's global state, which is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        yield
+        generator.set_state(torch.get_rng_state())

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -31,12 +31,20 @@ from pitools.types import Factorisation, Schedule
 class Backbone(Protocol):
     """A recipe's section `[backbone]`, found through the entry points `pitools.backbones`: name -> frozen dataclass.
 
-    What else one may have: `pretrained`, whether its teacher comes with weights.  `embeds_guidance`, whether its
-    networks take a guidance scale as the condition "guidance".
-    `outline()`, the teacher without any weights in memory, for a dry run.  `tiny()`, the same section for networks
-    of next to no size, and `stub`, the table of a [data] section for those: what `--tiny` takes.
-    `sharded_teacher(generator)`, asked for in the place of `teacher` where FSDP2 shards students: its parameters may be
-    on the meta device until the `materialise(device)` of a student's network that shares them.
+    What else one may have, and what holds where it has not:
+
+    pretrained         whether its teacher comes with weights; it does not
+    embeds_guidance    whether its networks take a guidance scale as the condition "guidance"; they do not
+    classes            how many it knows, to be compared with those of data; it is not compared
+    tiny, stub         see `Shrinkable`; `--tiny` is refused
+
+    and for a dry run, or where FSDP2 shards students:
+
+    outline() -> Module                       the teacher without weights in memory; `teacher` is asked
+    example(teacher) -> conditions            of one sample, as tensors, for an outline; those of the data's first
+    stored_bytes(name, parameter) -> int      what a frozen parameter takes; its size
+    sharded_teacher(generator) -> Module      whose parameters may be on the meta device until the `materialise(device)`
+                                              of a student's network that shares them; `teacher` is asked
     """
 
     @property
@@ -60,6 +68,20 @@ class Backbone(Protocol):
 
         guidance: the embedded scale that the teacher is asked with, where the backbone embeds it.
         """
+        ...
+
+
+@runtime_checkable
+class Shrinkable(Protocol):
+    """A backbone that has a form of next to no size: what `--tiny` takes."""
+
+    @property
+    def stub(self) -> Mapping[str, object]:
+        """The table of a [data] section for the tiny form."""
+        ...
+
+    def tiny(self) -> Backbone:
+        """The same section for networks of next to no size. `ValueError` for one that has no such form."""
         ...
 
 
@@ -239,10 +261,10 @@ def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:
     `RecipeError` for a backbone that has no tiny form.
     """
     name = recipe.backbone["name"]
-    if not (hasattr(backbone, "tiny") and hasattr(backbone, "stub")):
+    if not isinstance(backbone, Shrinkable):
         raise RecipeError(f'[backbone] name = "{name}" has no tiny form; leave --tiny out')
     try:
-        small = cast(Backbone, backbone.tiny())
+        small = backbone.tiny()
     except ValueError as error:
         raise RecipeError(f"--tiny: {error}") from None
     training = replace(

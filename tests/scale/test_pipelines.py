@@ -404,8 +404,7 @@ def test_latents_are_decoded_as_diffusers_decodes_its_own(kind: str) -> None:
     pipe = pipeline(kind)
     pipe.vae = vae_for(kind).eval()
     pipe.student.network.eval()
-    theirs = type(pipe).__mro__[2]
-    assert theirs.__module__.startswith("diffusers")
+    theirs = next(cls for cls in type(pipe).__mro__ if cls.__module__.startswith("diffusers"))
     encoded = pipe.encode_prompt(PROMPTS[0])
     given: dict[str, Any] = {"prompt_embeds": encoded[0], "num_inference_steps": 1}
     if kind == "flux":
@@ -470,6 +469,14 @@ def test_an_adapter_is_loaded_onto_the_pipelines_transformer(kind: str, tmp_path
     assert pipe.student is not None
     assert pipe.student.schedule == PUBLISHED
     assert torch.equal(latents(pipe), latents(made))
+
+
+def test_an_adapters_revision_and_dtype_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("qwen", DXHead(2))
+    asked: list[Any] = []
+    monkeypatch.setattr(pipelines, "load_adapter", lambda *given, **named: asked.append((given, named)))
+    pipe.load_pi_adapter("an/adapter", "inner", revision="v2", dtype=torch.float16)
+    assert asked == [((pipe.transformer, "an/adapter", "inner"), {"revision": "v2", "dtype": torch.float16})]
 
 
 def test_a_pipeline_comes_from_a_folder_as_diffusers_saves_it(tmp_path: Path) -> None:

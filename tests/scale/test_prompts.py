@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from scale.prompts import Record, read_classes, read_prompts, read_records
+from scale.prompts import Record, read_classes, read_records
 
 PROMPTS = ["a red fox", "两只猫", 'quotes " and, commas', "a\u2028line separator inside"]
+RECORDS = [Record(prompt) for prompt in PROMPTS]
 
 
 def json_lines(path: Path, rows: list[object]) -> Path:
@@ -21,14 +22,14 @@ def json_lines(path: Path, rows: list[object]) -> Path:
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(("\ufeff" + "\r\n\r\n".join(PROMPTS) + "\n  \n").encode())
-    assert read_prompts(path) == PROMPTS
-    assert read_prompts(str(path)) == PROMPTS
+    assert read_records(path) == RECORDS
+    assert read_records(str(path)) == RECORDS
 
 
 @pytest.mark.parametrize("column", ["prompt", "caption"])
 def test_json_lines(tmp_path: Path, column: str) -> None:
     path = json_lines(tmp_path / "p.jsonl", [{column: prompt, "other": 1} for prompt in PROMPTS])
-    assert read_prompts(path, column) == PROMPTS
+    assert read_records(path, column) == RECORDS
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -36,12 +37,12 @@ def test_parquet(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     parquet = importlib.import_module("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"caption": PROMPTS, "width": list(range(4))}), path)
-    assert read_prompts(path, "caption") == PROMPTS
+    assert read_records(path, "caption") == RECORDS
     with pytest.raises(ValueError, match=r"p.parquet has no column 'captions'; did you mean 'caption'\?"):
-        read_prompts(path, "captions")
+        read_records(path, "captions")
     path.write_bytes(b"not parquet at all")
     with pytest.raises(ValueError, match="is not parquet"):
-        read_prompts(path)
+        read_records(path)
 
 
 class HubData(list[dict[str, object]]):
@@ -62,11 +63,11 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     monkeypatch.chdir(tmp_path)
-    assert read_prompts("someone/captions", "caption") == PROMPTS
+    assert read_records("someone/captions", "caption") == RECORDS
     with pytest.raises(ValueError, match="someone/captions has no column 'prompt'; it has caption, image"):
-        read_prompts("someone/captions")
+        read_records("someone/captions")
     with pytest.raises(ValueError, match="'someone/else' is no file, and no data set that can be loaded"):
-        read_prompts("someone/else")
+        read_records("someone/else")
     with pytest.raises(ValueError, match="images come with JSON lines or parquet"):
         read_records("someone/captions", "caption", "image")
 
@@ -81,7 +82,7 @@ def test_what_to_install_is_said(
     monkeypatch.chdir(tmp_path)
     Path("p.parquet").touch()
     with pytest.raises(ImportError, match=f"run `pip install {package}`"):
-        read_prompts(source)
+        read_records(source)
 
 
 def test_images_are_named_from_the_files_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,21 +122,21 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, contents: str, 
     path = tmp_path / name
     path.write_text(contents)
     with pytest.raises(ValueError, match=message) as error:
-        read_prompts(path)
+        read_records(path)
     assert "\n" not in str(error.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"missing\.txt' is no file, nor a data set such as org/name"):
-        read_prompts(tmp_path / "missing.txt")
+        read_records(tmp_path / "missing.txt")
     with pytest.raises(ValueError, match="is no file"):
-        read_prompts("missing.txt")
+        read_records("missing.txt")
     with pytest.raises(ValueError, match="is a folder; name a file in it"):
-        read_prompts(tmp_path)
+        read_records(tmp_path)
     latin = tmp_path / "latin.txt"
     latin.write_bytes("één".encode("latin-1"))
     with pytest.raises(ValueError, match="is not UTF-8 text"):
-        read_prompts(latin)
+        read_records(latin)
 
 
 def test_classes_are_numbered_by_the_names_of_their_folders(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from scale.backbone import TINY_TEXT, Flux, Flux2, QwenImage, TextToImage
 from scale.published import (
     CONFIG,
     WEIGHTS,
-    base_class,
     load_adapter,
     parameter_name,
     published_key,
+    purpose_of,
     save_adapter,
     trained_parameters,
 )
@@ -781,11 +781,17 @@ def test_a_transformer_with_fused_lora_is_refused(saved: Saved) -> None:
 def test_an_adapter_tells_its_base_before_there_is_one(name: str, policy: str, saved: Saved, tmp_path: Path) -> None:
     folder = saved(name, policy)
     expected = BACKBONES[name].class_name
-    assert base_class(folder) == base_class(folder / WEIGHTS) == base_class(folder.parent, folder.name) == expected
+    told = [purpose_of(folder), purpose_of(folder / WEIGHTS), purpose_of(folder.parent, folder.name)]
+    assert [each.base for each in told] == [expected] * 3
     bare = Adapter.read(folder).without_ours()
-    assert base_class(bare.write(tmp_path)) == expected
+    told.append(purpose_of(bare.write(tmp_path)))
+    assert told[-1].base == expected
     with pytest.raises(ValueError, match="does not say of which transformer"):
-        base_class(tmp_path / WEIGHTS)
+        purpose_of(tmp_path / WEIGHTS)
+    # And what it was trained for, as the student on that base has it.
+    for purpose, where in zip(told, (folder, folder, folder, tmp_path), strict=True):
+        student = load_adapter(transformer_of(name), where)
+        assert (purpose.schedule, purpose.guidance) == (student.schedule, network_of(student).guidance)
 
 
 def test_a_transformer_of_no_known_class_is_refused(saved: Saved) -> None:

@@ -1,6 +1,7 @@
 """Every shipped recipe with `--tiny`, from training to an image: what its full size does, on networks of no size."""
 
 import json
+import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from forked import Commands, Run
 from PIL import Image
+from processes import ended, launch
 from safetensors.torch import load_file
 
 import scale
@@ -26,6 +28,17 @@ def commands() -> Iterator[Commands]:
 def done(run: Run) -> Run:
     assert run.code == 0, run
     return run
+
+
+def refusals(commands: Commands, folder: Path, *asked: str) -> list[str]:
+    """What is told of a request to the adapter, and to the run, whose base or VAE are nowhere."""
+    told = []
+    for target in ("adapter", "run"):
+        refused = commands(["sample", target, *asked, "--device", "cpu", "--out", "refused"], folder)
+        assert refused.code == 2, refused
+        told.append(refused.err)
+    assert not (folder / "refused").exists()
+    return told
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -63,6 +76,9 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
             images = [Image.open(tmp_path / folder / name) for folder in ("a", "b")]
             assert images[0].size == (64, 64)
             assert images[0].tobytes() == images[1].tobytes()
+        for refused in refusals(commands, tmp_path, "--label", "3", "--vae", "./nowhere", "--nfe", "9"):
+            assert "Error: --nfe must be" in refused
+            assert "got 9; --force tries it" in refused
         return
     done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
     prompt = ["--prompt", "a red fox", "--prompt", "an owl at night", "--height", "64", "--width", "96"]
@@ -76,6 +92,38 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
         images = [Image.open(tmp_path / folder / name) for folder in ("a", "b")]
         assert images[0].size == (96, 64)
         assert images[0].tobytes() == images[1].tobytes()  # what was exported is what was trained
+    nowhere = ["--prompt", "a fox", "--base", "./nowhere"]
+    for refused in refusals(commands, tmp_path, *nowhere, "--nfe", "1"):
+        assert "Error: --nfe must be" in refused
+        assert "got 1; --force tries it" in refused
+    for refused in refusals(commands, tmp_path, *nowhere, "--guidance", "9"):
+        assert "Error: --guidance must be" in refused
+    for refused in refusals(commands, tmp_path, *nowhere):
+        assert "weights './nowhere' cannot be loaded" in refused
+
+
+@pytest.mark.slow
+def test_commands_of_their_own_take_seconds(tmp_path: Path) -> None:
+    """Imports and all: 7 to 9 s each, of which nearly all goes to importing torch, diffusers and peft.
+
+    Of the processor, which on an idle machine are those of the clock, as they have one thread.
+    """
+    chain = [
+        ["distill", "scale/qwen.toml", "--tiny", "--set", "engine.device=cpu", "--set", "run.out=run"],
+        ["export", "run", "--out", "adapter"],
+        ["sample", "adapter", "--base", "tiny", "--prompt", "a red fox", "--height", "64", "--width", "96"],
+    ]
+    chain[-1] += ["--device", "cpu", "--out", "images"]
+    seconds: dict[str, float] = {}
+    for arguments in chain:
+        before = os.times()
+        process = ended(launch(tmp_path, 1, "-m", "pitools", *arguments))
+        after = os.times()
+        assert process.code == 0, process.err
+        used = after.children_user + after.children_system - before.children_user - before.children_system
+        seconds[arguments[0]] = round(used, 1)
+    assert Image.open(tmp_path / "images" / "0000.png").size == (96, 64)
+    assert 0 < sum(seconds.values()) < 60, seconds
 
 
 def test_tiny_is_refused_where_there_is_nothing_to_stand_for(commands: Commands, tmp_path: Path) -> None:
