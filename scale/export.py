@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pitools.guidance import Guidance
 from pitools.policies import NetworkStudent
 from pitools.training.checkpoint import latest, read_tensors
 from pitools.training.distillation import Member, build_student, members
@@ -68,22 +69,29 @@ def export(
             f"{member.folder} is a student on a {type(backbone).__name__}, which has no published form; "
             f"its weights are {member.folder / AVERAGES}"
         )
-    weights = student_weights(member, average)
+    weights, guidance = student_weights(member, average), planned.recipe.teacher.guidance
     if not merge:
         student = build_student(planned, member, backbone.outline())
-        save_adapter(student, out, weights=weights, dtype=dtype)
+        save_adapter(student, out, weights=weights, dtype=dtype, teacher_guidance=guidance)
         return
     whole = replace(backbone, quantise="none")
     teacher = whole.teacher(keyed_generator(planned.recipe.teacher.seed, "teacher weights"))
     student = build_student(replace(planned, backbone=whole), member, teacher)
     load_weights(student, weights)
-    merge_adapter(student, out, dtype=dtype)
+    merge_adapter(student, out, dtype=dtype, teacher_guidance=guidance)
 
 
-def merge_adapter(student: NetworkStudent, out: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def merge_adapter(
+    student: NetworkStudent,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    teacher_guidance: Guidance | None = None,
+) -> None:
     """Merge a student's LoRA into its transformer, for good, and write both into the folder `out`.
 
     Style LoRAs on the transformer are taken off, unmerged.  dtype: of norm and heads, None for their own.
+    teacher_guidance: as for `save_adapter`.
     Raises `ValueError` for a student without LoRA of its own in its transformer, or on a quantised one, and where
     `out` has a transformer already; `CheckpointError` where the disk refuses.
     """
@@ -105,7 +113,7 @@ def merge_adapter(student: NetworkStudent, out: str | Path, *, dtype: torch.dtyp
         out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         transformer.save_pretrained(temporary)
-        save_adapter(student, out / "adapter", dtype=dtype)
+        save_adapter(student, out / "adapter", dtype=dtype, teacher_guidance=teacher_guidance)
         os.replace(temporary, final)  # last, so that a folder with a transformer is complete
     except OSError as error:
         raise CheckpointError(f"{final} could not be written: {error}") from error

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pitools.guidance import Guidance
 from pitools.policies import DXHead, GMHead, Head, NetworkStudent, PolynomialHead
 from pitools.training.checkpoint import CONTENTS, check_keys, read_tensors, write_json, write_tensors
 from pitools.training.errors import CheckpointError
@@ -98,11 +99,12 @@ def save_adapter(
     *,
     weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    teacher_guidance: Guidance | None = None,
 ) -> None:
     """Write a student as a published adapter into the folder `path`, each file all or nothing.
 
     weights: to write in the place of the student's own, as averages; named as `trained_parameters` are.  dtype: to
-    write; None for that of the weights.
+    write; None for that of the weights.  teacher_guidance: what was distilled in, which its metadata then tells.
     Raises `ValueError` for a student of another kind, and weights that are missing, surplus, of another shape, or not
     finite; `CheckpointError` where the disk refuses.
     """
@@ -127,6 +129,7 @@ def save_adapter(
         "velocities": student.head.sizes.velocities,
         "schedule": asdict(schedule),
         "guidance": network.guidance,
+        "teacher_guidance": None if teacher_guidance is None else asdict(teacher_guidance),
     }
     path = Path(path)
     write_tensors(path / WEIGHTS, tensors, {"policy_config": json.dumps(policy), "pitools": json.dumps(ours)})

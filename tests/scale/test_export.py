@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from pitools.policies import GMHead, NetworkStudent
@@ -78,7 +79,7 @@ class Run:
         table: dict[str, object] = {
             "data": {"name": "prompts"},
             "backbone": {"name": "any"},
-            "teacher": {},
+            "teacher": {"guidance": {"embedded" if getattr(backbone, "embeds_guidance", False) else "scale": 2.5}},
             "training": {"steps": 10, "batch": 2},
             "students": {name: {**SHARED, **section} for name, section in students.items()},
         }
@@ -131,6 +132,10 @@ def test_each_student_of_a_run_is_exported_by_its_folder(run: Run, tmp_path: Pat
         loaded = load_adapter(run.backbone.transformer(seeded(1)), tmp_path / "out" / member.label)
         assert loaded.head == member.section.head
         assert loaded.schedule == Schedule(4, 3.2, 0.5)
+        with safe_open(tmp_path / "out" / member.label / WEIGHTS, "pt") as file:
+            told = json.loads(file.metadata()["pitools"])
+        assert told["guidance"] == run.plan.recipe.teacher.guidance.embedded
+        assert told["teacher_guidance"] == asdict(run.plan.recipe.teacher.guidance)
 
 
 def test_a_run_of_one_student_is_named_by_its_folder(run: Run, tmp_path: Path) -> None:

@@ -350,6 +350,7 @@ def test_the_metadata_says_policy_schedule_and_guidance(saved: Saved) -> None:
         "velocities": 3,
         "schedule": {"nfe": 4, "shift": 3.2, "final_step_scale": 0.5, "temperature": "auto"},
         "guidance": 3.5,
+        "teacher_guidance": None,
     }
 
 
