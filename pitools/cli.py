@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from importlib.metadata import entry_points, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -134,4 +135,20 @@ def _failed(error: Exception, code: int) -> typer.Exit:
 
 def main() -> None:
     """Entry point of the `pitools` script."""
-    app()
+    try:
+        app()
+    except SystemExit as stop:
+        if not stop.code:
+            leave()
+        raise
+
+
+def leave() -> None:
+    """Leave a group of processes together, if there is one: who goes first takes its connections from the others.
+
+    Only after a success: where one has failed, the others may never come.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

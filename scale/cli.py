@@ -168,11 +168,16 @@ def export(
 
         from scale.backbone import DTYPES
         from scale.export import export as write
+        from scale.export import found_student
 
         folder = run / "export" if out is None else out
         _check_writable(folder)
         write(run, folder, average=not last, merge=merge, dtype=DTYPES[dtype.value])
         Console().print(f"Wrote {folder}/", markup=False, highlight=False)
+        trained = found_student(run)[0].recipe.backbone
+        if trained.get("weights") == "tiny":
+            option = "--vae tiny" if trained["name"] == "dit" else "--base tiny"
+            Console().print(f"Of a tiny random network: `pitools sample` takes it with {option}.", highlight=False)
 
 
 def sample(
@@ -182,9 +187,10 @@ def sample(
     nfe: Annotated[int | None, typer.Option(min=1, help="Network evaluations; by default the trained ones.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Of the adapter.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Hub id or folder of the base's pipeline; by default the one that is known.")
+        str | None,
+        typer.Option(help="Hub id or folder of the base's pipeline, or tiny; by default the usual one."),
     ] = None,
-    vae: Annotated[str | None, typer.Option(help="Of a DiT: hub id or folder of an AutoencoderKL.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Of a DiT: hub id or folder of an AutoencoderKL, or tiny.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt or label.")] = 1,

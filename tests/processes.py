@@ -31,6 +31,7 @@ for line in sys.argv[1:]:
     except SystemExit as stop:
         code = stop.code
     print(f"RANK {os.environ.get('RANK', '0')} EXIT {code}", flush=True)
+cli.leave()
 """
 
 

@@ -144,6 +144,11 @@ def save(
             os.replace(temporary, final)
             _sync(folder)
 
+    def undo() -> None:
+        if processes.main:
+            with suppress(OSError):
+                _clear(folder)
+
     def tidy() -> None:
         if processes.main:
             _clear(folder)
@@ -154,16 +159,15 @@ def save(
         processes.on_each(begin)
         files = {name: told for written in processes.on_each(write) for name, told in written.items()}
         processes.on_each(finish)
-    except BaseException as error:
-        if processes.main:
-            with suppress(OSError):
-                _clear(folder)
-        if not isinstance(error, (OSError, SafetensorError)):
-            raise
+    except (OSError, SafetensorError) as error:
+        processes.on_each(undo)  # on all of them before any looks for what is left
         raise CheckpointError(
             f"step {step} could not be saved in {folder}: {error}. "
             f"The last good checkpoint is {newest(folder) or 'none: there is no good one'}"
         ) from error
+    except BaseException:
+        undo()
+        raise
     try:
         processes.on_each(tidy)
     except OSError as error:
@@ -338,10 +342,11 @@ def optimiser_tensors(
         state = {key: _as_tensor(f"{name}/{key}", value) for key, value in optimiser.state.get(parameter, {}).items()}
         state = state or {STATELESS: torch.empty(0)}
         if isinstance(optimiser, LocalShards):
-            own |= {f"{name}/{key}/{_place()}": value.detach().to("cpu", copy=True) for key, value in state.items()}
+            parts = {f"{name}/{key}/{_place()}": value.detach().to("cpu", copy=True) for key, value in state.items()}
+            own |= parts if form == "sharded" else _from_all(parts)  # one by one: they may pass through a GPU
         else:
             shared |= {f"{name}/{key}": value for key, value in state.items()}
-    return taken(shared, form) | (own if form == "sharded" else _from_all(own))
+    return taken(shared, form) | own
 
 
 def restore_optimiser(

@@ -115,8 +115,7 @@ def distill(plan: Plan, console: Console) -> None:
                 teacher_network = _teacher(plan, _new_teacher(plan, sharded=True), engine, console)
                 teacher = replace(teacher, network=partial(engine.call, teacher_network))
             _student(plan, member, teacher_network, teacher, engine, console)
-        if engine.main:
-            _finish(plan, teacher, teacher_network, engine, start, console)
+        engine.on_main(lambda: _finish(plan, teacher, teacher_network, engine, start, console))
 
 
 def _finish(

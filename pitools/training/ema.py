@@ -8,6 +8,7 @@ Near the end of a run 1 - β is about (γ + 1)/n, far below bfloat16's rounding:
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -20,6 +21,9 @@ from pitools.training.optimiser import is_sharded, like_shard, local
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+PREFIX = "averages/"
 
 
 class EMA:
@@ -61,12 +65,9 @@ class EMA:
         self._sharded = {name: cast("DTensor", value) for name, value in followed.items() if is_sharded(value)}
 
     @property
-    def averages(self) -> dict[str, Tensor]:
-        """Parameter name -> its average, of the parameter's shape; sharded as it is, and then on its device."""
-        return {
-            name: like_shard(own, self._sharded[name]) if name in self._sharded else own
-            for name, own in self._own.items()
-        }
+    def averages(self) -> Mapping[str, Tensor]:
+        """Parameter name -> its average, of its shape; sharded as it is, and then put together as it is asked for."""
+        return _Averages("", self._own, self._sharded)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -103,10 +104,10 @@ class EMA:
                 for name, parameter in parameters.items():
                     parameter.copy_(own[name])
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> Mapping[str, Tensor]:
         """The tensors "steps", 0-d int64, and "averages/NAME" of each parameter, which are not copied."""
-        averages = {f"averages/{name}": average for name, average in self.averages.items()}
-        return {"steps": torch.tensor(self.steps), **averages}
+        steps = {"steps": torch.tensor(self.steps)}
+        return ChainMap(steps, cast("dict[str, Tensor]", _Averages(PREFIX, self._own, self._sharded)))
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -114,7 +115,7 @@ class EMA:
         check_keys("the EMA's state", self.state_dict(), state)
         for name, average in self._own.items():
             like = self._sharded.get(name, average)
-            average.copy_(local(placed(state[f"averages/{name}"], like, f"averages/{name}")))
+            average.copy_(local(placed(state[PREFIX + name], like, PREFIX + name)))
         self.steps = int(state["steps"])
 
     def _parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
@@ -124,3 +125,22 @@ class EMA:
         if missing:
             raise ValueError(f"module has no parameter {missing[0]!r}; pass the module that the EMA was made from")
         return {name: parameters[name] for name in self._own}
+
+
+class _Averages(Mapping[str, Tensor]):
+    """Averages by prefixed names, sharded ones put together as they are asked for: at no time are all on a device."""
+
+    def __init__(self, prefix: str, own: Mapping[str, Tensor], sharded: Mapping[str, DTensor]) -> None:
+        self.prefix, self.own, self.sharded = prefix, own, sharded
+
+    def __getitem__(self, key: str) -> Tensor:
+        name = key.removeprefix(self.prefix)
+        if not key.startswith(self.prefix) or name not in self.own:
+            raise KeyError(key)
+        return like_shard(self.own[name], self.sharded[name]) if name in self.sharded else self.own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.prefix + name for name in self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)

@@ -8,6 +8,7 @@ policy sees float32.
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -166,13 +167,14 @@ class Engine:
             results = [action()]
         except Exception as raised:
             errors = [raised]
+        own = errors[0]
         if self.world > 1:
             from torch.distributed import all_gather_object
 
-            own, everyone = (results[0], errors[0]), [None] * self.world
-            all_gather_object(everyone, own)
-            results, others = (list(each) for each in zip(*cast(Any, everyone), strict=True))
-            errors += others  # its own first: it knows where it came from
+            everyone: list[Any] = [None] * self.world
+            all_gather_object(everyone, (results[0], own and _sendable(own)))
+            results, others = (list(each) for each in zip(*everyone, strict=True))
+            errors = [own, *others]  # its own first: it knows where it came from
         for error in errors:
             if error is not None:
                 raise error
@@ -200,3 +202,12 @@ class Engine:
             )
         size = batch // parts
         return [range(start, start + size) for start in range(self.rank * size, batch, self.world * size)]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or its text where it does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -66,7 +66,8 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
 
     told = tomllib.loads((tmp_path / "run" / "recipe.toml").read_text())
     if told["backbone"]["name"] == "dit":
-        done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
+        exported = done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
+        assert "with --vae tiny" in exported.out
         sample = ["--label", "3", "--label", "7", "--vae", "tiny", "--device", "cpu"]
         of_export = done(commands(["sample", "adapter", *sample, "--out", "a"], tmp_path))
         of_run = done(commands(["sample", "run", *sample, "--out", "b"], tmp_path))
@@ -80,7 +81,8 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
             assert "Error: --nfe must be" in refused
             assert "got 9; --force tries it" in refused
         return
-    done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
+    exported = done(commands(["export", "run", "--out", "adapter", "--dtype", "float32"], tmp_path))
+    assert "with --base tiny" in exported.out
     prompt = ["--prompt", "a red fox", "--prompt", "an owl at night", "--height", "64", "--width", "96"]
     sample = [*prompt, "--device", "cpu"]
     base = ["--base", "tiny", "--quantise", told["backbone"]["quantise"]]

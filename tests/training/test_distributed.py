@@ -89,7 +89,12 @@ def two(root: Path, one: Path) -> Ended:
     """
     cut(one, root / "one-two")
     runs = [
-        (f"{name}.toml", f"run.out={parallel}/{name}", f"engine.parallel={parallel}")
+        (
+            f"{name}.toml",
+            f"run.out={parallel}/{name}",
+            f"engine.parallel={parallel}",
+            f"training.ema_device={'cpu' if parallel == 'ddp' else 'own'}",
+        )
         for parallel in ("ddp", "fsdp2")
         for name in ("data", "free")
     ]
