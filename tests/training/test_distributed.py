@@ -42,6 +42,19 @@ DigitsData.batch = batch
 main()
 """
 
+FULL = """
+import os
+from pitools.cli import main
+from pitools.training import checkpoint
+save_file = checkpoint.save_file
+def refuse(tensors, path):
+    if os.environ["RANK"] == "1" and "00000020" in str(path):
+        raise OSError(28, "No space left on device")
+    save_file(tensors, path)
+checkpoint.save_file = refuse
+main()
+"""
+
 
 assert_same_course = partial(processes.assert_same_course, first=1, last=STEPS)
 cut = partial(processes.cut, last=STEPS)
@@ -288,6 +301,16 @@ def test_one_process_that_diverges_stops_all(root: Path) -> None:
     assert_no_traceback(result)
     assert result.code != 0
     assert [line["step"] for line in log(teacher(root / "diverging"))] == [1, 2]
+
+
+def test_a_full_disk_of_one_process_is_every_ones(root: Path) -> None:
+    (root / "full.py").write_text(FULL)
+    result = ended(launch(root, 2, "full.py", *command("data.toml", "run.out=full/data", *SHARDS)))
+    assert result.err.count("Error: step 20 could not be saved") == 1
+    assert re.search(r"No space left on device. The last good checkpoint is .*step-00000010", result.err)
+    assert_no_traceback(result)
+    assert result.code != 0
+    assert [path.name for path in (teacher(root / "full") / "checkpoints").iterdir()] == ["step-00000010"]
 
 
 def test_sigterm_saves_and_stops_all(root: Path) -> None:
