@@ -75,9 +75,9 @@ class GaussianMixture:
                 f"variance must broadcast to [..., K] = {tuple(log_weights.shape)}, got {tuple(spread.shape)}"
             )
         means, log_weights = means.to(dtype), torch.log_softmax(log_weights.to(dtype), dim=-1)
-        if not bool(torch.isfinite(means).all()):
+        if not all_finite(means):
             raise ValueError("means hold a NaN or an infinite value")
-        if bool(torch.isnan(log_weights).any()):
+        if log_weights.numel() and math.isnan(log_weights.detach().amax()):
             raise ValueError("log_weights hold a NaN or +inf, or leave a mixture without any component")
         if not bool(((spread >= 0) & torch.isfinite(spread)).all()):
             raise ValueError(f"variance must be finite and not negative, got a minimum of {float(spread.min()):g}")
@@ -270,6 +270,13 @@ def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
     # Policy maths is exact inside autocast too, which rounds products of matrices.
     with torch.autocast(means.device.type, enabled=False):
         return (weights.unsqueeze(-2) @ means.to(weights.dtype)).squeeze(-2)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    values = values.detach()
+    # One pass over memory: only what overflows or is not finite has a sum that is not.
+    return math.isfinite(values.sum()) or bool(torch.isfinite(values).all())
 
 
 def _broadcasts(shape: Sequence[int], onto: Sequence[int], strict: bool = False) -> bool:

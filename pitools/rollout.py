@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pitools import kernels
 from pitools.path import align, as_time, substep_grid
 from pitools.solvers import Adaptive, Solver, solve_adaptive, solver, steps
 from pitools.types import Time
@@ -81,11 +82,24 @@ def visit(
             now = stop
         return torch.stack(states)
     grid = substep_grid(source, stops, step_size, shift)
+    fused = kernels.states(field, x, grid.times, grid.stops, chosen)
+    if isinstance(fused, Tensor):
+        return fused
     visited = [x] * len(stops)
     for row, state in enumerate(steps(field.velocity, x, grid.times, chosen), start=1):
         for m, reached in enumerate(grid.stops == row):
             visited[m] = torch.where(align(reached, x), state, visited[m])
     return torch.stack(visited)
+
+
+def velocity(field: AnyField, x: Tensor, t: Time) -> Tensor:
+    """The field's velocity at (x, t), which is what the field itself answers, in one kernel where there is one.
+
+    x: `[B, ...]`.  t: float, 0-d or `[B]`.  Raises what the field raises.
+    """
+    time = as_time("t", t, x)
+    fused = kernels.velocity(field, x, time)
+    return fused if isinstance(fused, Tensor) else field.velocity(x, time)
 
 
 def trajectory(
@@ -105,8 +119,12 @@ def trajectory(
     chosen = solver(method)
     if isinstance(chosen, Adaptive):
         raise ValueError("a trajectory needs a fixed-step method; dopri5 chooses its own steps")
-    grid = substep_grid(source, stops, step_size, shift)
-    return Trajectory(grid.times, torch.stack([x, *steps(field.velocity, x, grid.times, chosen)]))
+    times = substep_grid(source, stops, step_size, shift).times
+    rows = torch.arange(len(times), device=x.device).reshape(-1, *(1 for _ in times.shape[1:])).expand(times.shape)
+    states = kernels.states(field, x, times, rows, chosen)
+    if isinstance(states, str):
+        states = torch.stack([x, *steps(field.velocity, x, times, chosen)])
+    return Trajectory(times, states)
 
 
 def mean_velocity(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pitools.mixture import GaussianMixture
 from pitools.path import as_time
+from pitools.rollout import velocity as velocity_at
 from pitools.types import POINTS, Conditions, Factorisation, Time
 
 
@@ -85,7 +86,7 @@ class Target:
         time = as_time("t", t, flat).expand(len(flat))
         velocity = torch.empty_like(flat)
         for prior, rows in self._groups(len(flat), conditions):
-            velocity[rows] = prior.velocity(flat[rows], time[rows])
+            velocity[rows] = velocity_at(prior, flat[rows], time[rows])
         return velocity.reshape(x_t.shape)
 
     def _groups(self, count: int, conditions: Conditions | None) -> list[tuple[GaussianMixture, Tensor | slice]]:

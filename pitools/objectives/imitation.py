@@ -22,7 +22,7 @@ from torch import Tensor
 from pitools.draws import Randomness
 from pitools.objectives.mixing import mixed_intervals
 from pitools.path import align, as_time, shift_time, unshift_time
-from pitools.rollout import integrate, visit
+from pitools.rollout import integrate, velocity, visit
 from pitools.solvers import Solver
 from pitools.types import Conditions, Dropped, Factorisation, Policy, Time, VelocityField
 
@@ -168,8 +168,8 @@ def _matched(
     """What meets the teacher's velocity, with a graph: the policy's at (x_t, t) where `local` `[B]`, else its mean
     velocity from there to `t_window`."""
     if bool(local.all()):
-        return policy.velocity(x_t, t)
+        return velocity(policy, x_t, t)
     reached = visit(policy, x_t, t, t_window[None], method, step_size, shift)[0]
     # Where local, the window may be empty: with a width of 1 neither value nor gradient is divided by 0.
     mean = (reached - x_t) / align(torch.where(local, 1.0, t_window - t), x_t)
-    return torch.where(align(local, x_t), policy.velocity(x_t, t), mean) if bool(local.any()) else mean
+    return torch.where(align(local, x_t), velocity(policy, x_t, t), mean) if bool(local.any()) else mean

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pitools.mixture import all_finite
 from pitools.path import align, as_time
 from pitools.types import Time
 
@@ -39,6 +40,6 @@ def policy_velocity(x_t: Tensor, t: Time, t_src: Time, denoised: Callable[[Tenso
 
 def parameters(name: str, values: Tensor) -> Tensor:
     """A policy's own numbers in float32 or better. `ValueError` for NaN or infinite ones."""
-    if not bool(torch.isfinite(values).all()):
+    if not all_finite(values):
         raise ValueError(f"{name} holds a NaN or an infinite value")
     return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,110 @@
+"""Fused roll-outs: each equal to the plain one, and taken where it applies.
+
+    states(field, x, times, stops, method)  ->  the states at the stops of a roll-out, or why no kernel gives them
+    velocity(field, x, t)                   ->  the velocity, or why no kernel gives it
+
+A reason sends the caller down the plain path. `with plain():`, or PITOOLS_KERNELS=plain in the environment, forces it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pitools.kernels.programme import Programme, rows_of, velocity_row
+from pitools.mixture import GaussianMixture
+from pitools.path import ROUNDING
+from pitools.policies import GMPolicy
+from pitools.solvers import RungeKutta, Solver
+
+Kernel: TypeAlias = Callable[[Tensor, Programme], Tensor]
+"""Runs a programme from x `[B, ..., C]` to the states `[M, B, ..., C]` at its stops."""
+
+MOST_SHARED = 4096
+"""Numbers in the means of a prior above which one product of matrices for all factors is faster."""
+
+_PLAIN = ContextVar("plain", default=os.environ.get("PITOOLS_KERNELS") == "plain")
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within it, all roll-outs take the plain path, the reference that kernels are compared with."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def states(field: object, x: Tensor, times: Tensor, stops: Tensor, method: Solver) -> Tensor | str:
+    """The states `[M, B, ..., C]` of the roll-out from x `[B, ..., C]` along `times`, or why no kernel gives them.
+
+    times: `[S + 1]` or `[S + 1, B]`, never rising.  stops: `[M]` or `[M, B]`, rows of `times`.
+    """
+    if not (isinstance(method, RungeKutta) and len(method.b) <= 4):
+        return f"no kernel takes the steps of {method}"
+    kernel = choose(field, x, times)
+    return kernel if isinstance(kernel, str) else kernel(x, rows_of(method, times, stops))
+
+
+def velocity(field: object, x: Tensor, t: Tensor) -> Tensor | str:
+    """The velocity at (x `[B, ..., C]`, t 0-d or `[B]`), or why no kernel gives it."""
+    kernel = choose(field, x, t.unsqueeze(0))
+    return kernel if isinstance(kernel, str) else kernel(x, velocity_row(t))[0]
+
+
+def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
+    """The kernel for a field and a state, along `times` `[S + 1]` or `[S + 1, B]`, or why there is none."""
+    if _PLAIN.get():
+        return "the plain path was asked for"
+    if type(field) is not GMPolicy and type(field) is not GaussianMixture:
+        return f"there is no kernel for a {type(field).__name__}"
+    if isinstance(field, GMPolicy):
+        mixture, t_src, like = field.mixture, field.t_src, field.x_src
+        if x.shape != like.shape:
+            return f"the state {tuple(x.shape)} is not the policy's {tuple(like.shape)}"
+    else:
+        mixture, t_src, like = field, 1.0, field.means
+        if mixture.log_weights.ndim > 1 or mixture.means.numel() > MOST_SHARED or x.shape[-1] != mixture.channels:
+            return "a mixture that is a prior has a kernel if it is one, of few numbers, with the state's channels"
+    if why := _unfit(x, mixture.means, mixture.log_weights, mixture.variance, like):
+        return why
+    if times.requires_grad or (isinstance(t_src, Tensor) and t_src.requires_grad):
+        return "kernels have no gradient for times"
+    if bool((times[0] > t_src * (1 + ROUNDING)).any()):
+        return "the roll-out starts above t_src, which is an error of its own"
+    if x.device.type != "cpu":
+        return f"there is no kernel for {x.device.type}"
+
+    from pitools.kernels import gm, native
+
+    built = native.library()
+    if isinstance(built, str):
+        return built
+    return partial(gm.run, field)
+
+
+def _unfit(*tensors: Tensor) -> str | None:
+    """Why kernels cannot read these tensors, if they cannot."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the plain path"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "function transforms and forward-mode derivatives take the plain path"
+    for x in tensors:
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            return f"a {type(x).__name__} is no ordinary tensor"
+        if x.dtype not in (torch.float32, torch.float64):
+            return f"kernels know float32 and float64, not {x.dtype}"
+        if x.layout != torch.strided or x.is_neg():
+            return "a tensor is not laid out in memory with strides alone"
+        if x.device != tensors[0].device:
+            return f"tensors are on {x.device} and on {tensors[0].device}"
+    return None

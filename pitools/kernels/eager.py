@@ -1,0 +1,243 @@
+"""Roll-outs of Gaussian-mixture policies in PyTorch's own operations, for where there is no compiler.
+
+`rollout` follows native.cpp: of a few thousand factors at a time, whose parameters stay in the second-level cache,
+the means are kept about a centre c that follows the posterior. With μ' = μ - c, η' = η - λc and one variance v
+
+    log p_k = Σ_c (ρη'_c) μ'_kc - ρλ ‖μ'_k‖²/2 + log A_k,     D = c + ρ Σ_k p_k μ'_k + ρ v η'
+
+so that ‖μ'‖²/2 and log A are two more channels of the means, and a row is two products of a table `[C + 2, K, n]`. The
+factors lie innermost, where sums over small C and K run along vectors.
+
+`reference` is the same in differentiable form, with a centre of its own in each row; `gradients` differentiates it,
+and so has derivatives of every order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pitools.kernels.programme import COMBINE, STATE
+
+CHUNK = 2**17
+"""Numbers of a table that one thread's cache holds, next to a product of the same size."""
+
+
+class Rollout(torch.autograd.Function):
+    """`rollout`, whose derivatives are those of `reference`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, *arguments: Any) -> Tensor:
+        ctx.save_for_backward(*arguments[:-1])
+        ctx.factors = arguments[-1]  # type: ignore[attr-defined]
+        return rollout(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
+        return (*gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
+
+
+@torch.no_grad()
+def rollout(
+    means: Tensor,
+    log_weights: Tensor,
+    variance: Tensor,
+    x_src: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    commits: Tensor,
+    stops: Tensor,
+    factors: int,
+) -> Tensor:
+    """The states `[M, N, C]` at the stops.
+
+    means: `[N, K, C]`.  log_weights: `[N, K]`.  variance: `[N, 1]` or `[N, K]`.  x_src, x: `[N, C]`.
+    coefficients: `[R, F, T]`, `programme.numbers`.  commits: `[R]`.  stops: `[M, T]`.  factors: those of a sample.
+    """
+    count, components, channels = means.shape
+    out = x.new_empty(len(stops), count, channels)
+    size = max(256, torch.get_num_threads() * CHUNK // (components * (channels + 2)))
+    sample = torch.arange(count, device=x.device) // factors
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        own = sample[part] if coefficients.shape[2] > 1 else slice(None)
+        _roll(
+            *(value[part] for value in (means, log_weights, variance, x_src, x)),
+            coefficients[:, :, own],
+            commits.tolist(),
+            stops[:, own],
+            out[:, part],
+        )
+    return out
+
+
+def _roll(
+    means: Tensor,
+    log_weights: Tensor,
+    variance: Tensor,
+    x_src: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    commits: list[int],
+    stops: Tensor,
+    out: Tensor,
+) -> None:
+    """One chunk, into `out` `[M, n, C]`; each factor has its column of `coefficients` and `stops`, or all have one."""
+    (count, components, channels), history = means.shape, _history(coefficients)
+    own = variance.shape[1] > 1
+    mean, width = (value.T.contiguous() for value in _widest(means, variance))
+    means, log_weights, variance, x_src, x = (
+        value.permute(*reversed(range(value.ndim))).clone(memory_format=torch.contiguous_format)
+        for value in (means, log_weights, variance, x_src, x)
+    )
+    bound = width * channels / (16 + 2 * channels) ** 2
+    rho = torch.ones_like(variance[:1]) if own else 1 / (1 + coefficients[:, :1] * variance)
+    seen_from = coefficients[:, :3] * rho
+    alive = coefficients.ne(0).any(-1).tolist()
+
+    table = x.new_empty(channels + (1 if own else 2), components, count)
+    room, shifted, square = torch.empty_like(table), table[:channels], table[channels]
+    multiplier = x.new_ones(len(table), count)
+    slope, drop = multiplier[:channels], multiplier[channels]
+    columns, product, squares = multiplier.unsqueeze(1), room[:channels], torch.empty_like(slope)
+    logits, p = torch.empty_like(log_weights), torch.empty_like(log_weights)
+    if not own:
+        table[-1] = log_weights
+
+    def recentre(centre: Tensor) -> Tensor:
+        torch.sub(means, centre.unsqueeze(1), out=shifted)
+        torch.mul(shifted, shifted, out=product)
+        torch.sum(product, 0, out=square)
+        square.mul_(-0.5)
+        return centre
+
+    centre = recentre(mean)
+    base, seen = x.clone(), [torch.zeros_like(x) for _ in range(history)]
+    stop_rows = set(stops.unique().tolist())
+
+    def put(row: int) -> None:
+        for m, here in _reached(stops, row) if row in stop_rows else ():
+            out[m] = torch.where(here.unsqueeze(1), x.T, out[m])
+
+    put(0)
+    for r, (number, scaled) in enumerate(zip(coefficients.unbind(), seen_from.unbind(), strict=True)):
+        (precision, alpha, beta, *mixing), (drop_r, alpha_r, beta_r) = number.unbind(), scaled.unbind()
+        torch.mul(x, alpha_r, out=slope).addcmul_(x_src, beta_r).addcmul_(centre, drop_r, value=-1)
+        drop.copy_(drop_r)
+        torch.mul(slope, slope, out=squares)
+        if float((squares.sum(0, keepdim=True).mul_(bound)).max()) > 1:
+            share = 1 / (1 + precision * width)
+            eta = alpha * x + beta * x_src
+            centre = recentre((mean + width * eta) * share)
+            torch.mul(eta - precision * mean, share if own else share * rho[r], out=slope)
+
+        torch.mul(table, columns, out=room)
+        torch.sum(room, 0, out=logits)
+        d = seen.pop()
+        if own:
+            shrink = 1 / (1 + precision * variance)
+            logits.addcmul_(variance, slope.square().sum(0), value=0.5).mul_(shrink)
+            logits.add_(log_weights).add_(shrink.log(), alpha=channels / 2)
+            torch.softmax(logits, 0, out=p).mul_(shrink)
+            lift = (p * variance).sum(0)
+        else:
+            torch.softmax(logits, 0, out=p)
+            lift = variance
+        torch.mul(shifted, p, out=product)
+        torch.sum(product, 1, out=d)
+        if not own:
+            d.mul_(rho[r])
+        d.addcmul_(slope, lift).add_(centre)
+        seen.insert(0, d)
+
+        if commits[r] == STATE:
+            base, x = x, base
+        elif commits[r] == COMBINE:
+            base.mul_(mixing[1 + history])
+            for j in range(history):
+                base.addcmul_(seen[j], mixing[2 + history + j])
+        torch.mul(base, mixing[0], out=x)
+        for j in range(history):
+            if alive[r][4 + j]:
+                x.addcmul_(seen[j], mixing[1 + j])
+        put(r + 1)
+
+
+def reference(
+    means: Tensor,
+    log_weights: Tensor,
+    variance: Tensor,
+    x_src: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    commits: Tensor,
+    stops: Tensor,
+    factors: int,
+) -> Tensor:
+    """`rollout`, differentiable in its first five arguments."""
+    own = torch.arange(len(x), device=x.device) // factors * (coefficients.shape[2] > 1)
+    channels, history = x.shape[1], _history(coefficients)
+    mean, width = _widest(means.detach(), variance.detach())
+    base, seen = x, [torch.zeros_like(x)] * history
+    visited = [x] * len(stops)
+    for r, (row, commit) in enumerate(zip(coefficients, commits.tolist(), strict=True)):
+        precision, alpha, beta, *mixing = row[:, own].unsqueeze(-1)
+        eta = alpha * x + beta * x_src
+        share = 1 / (1 + precision * width)
+        shifted = means - (share * (mean + width * eta)).unsqueeze(1)
+        slope = share * (eta - precision * mean)
+        rho = 1 / (1 + precision * variance)
+        inner = (shifted * (slope.unsqueeze(1) - (precision / 2).unsqueeze(1) * shifted)).sum(-1)
+        length = slope.square().sum(-1, keepdim=True)
+        logits = log_weights + rho * (inner + variance * length / 2) + channels / 2 * rho.log()
+        p = torch.softmax(logits, -1) * rho
+        d = (p.unsqueeze(-1) * means).sum(1) + (p * variance).sum(-1, keepdim=True) * eta
+        seen = [d, *seen[:-1]]
+        if commit == STATE:
+            base = x
+        elif commit == COMBINE:
+            base = _combine(mixing[1 + history :], base, seen)
+        x = _combine(mixing, base, seen)
+        for m, here in _reached(stops, r + 1):
+            visited[m] = torch.where(here[own].unsqueeze(1), x, visited[m])
+    return torch.stack(visited)
+
+
+def gradients(out_bar: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """The derivatives of `out_bar`·`reference` for the first five of its arguments, None where none is asked for.
+
+    In grad mode they have derivatives themselves.
+    """
+    again = torch.is_grad_enabled()
+    inputs = [value if again else value.detach().requires_grad_(value.requires_grad) for value in arguments[:5]]
+    wanted = [value for value in inputs if value.requires_grad]
+    with torch.enable_grad():
+        out = reference(*inputs, *arguments[5:])
+        found = iter(torch.autograd.grad(out, wanted, out_bar, create_graph=again, materialize_grads=True))
+    return tuple(next(found) if value.requires_grad else None for value in inputs)
+
+
+def _combine(numbers: list[Tensor], base: Tensor, seen: list[Tensor]) -> Tensor:
+    """a base + Σ_j b_j D_{r-j}."""
+    return numbers[0] * base + sum(b * d for b, d in zip(numbers[1:], seen, strict=False))
+
+
+def _reached(stops: Tensor, row: int) -> list[tuple[int, Tensor]]:
+    """The stops m that someone reaches after `row` rows, and who, `[T]`."""
+    reached = stops == row
+    return [(m, reached[m]) for m in reached.any(1).nonzero().flatten().tolist()]
+
+
+def _widest(means: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre `[N, C]` and variance `[N, 1]` of a Gaussian as wide as the mixture (see mixture.py)."""
+    mean = means.mean(1)
+    spread = (means - mean.unsqueeze(1)).square().sum(-1).amax(-1, keepdim=True) / means.shape[-1]
+    return mean, spread + variance.amax(-1, keepdim=True)
+
+
+def _history(coefficients: Tensor) -> int:
+    """H, of rows of 3 + (1 + H) numbers, or 3 + 2 (1 + H) with a commit; H is 1 or 4."""
+    return {5: 1, 7: 1, 8: 4, 13: 4}[coefficients.shape[1]]

@@ -1,0 +1,144 @@
+"""Roll-outs of Gaussian-mixture policies in one kernel, with their gradients.
+
+Every factor has an ODE of its own, of K·C parameters, so that a whole roll-out can go on in a processor's cache
+(native.cpp). The backward recomputes the states instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pitools.kernels import eager
+from pitools.kernels.native import Job, call, fill
+from pitools.kernels.programme import Programme, numbers
+from pitools.mixture import GaussianMixture
+from pitools.policies import GMPolicy
+
+ROW_WORK = 200_000
+"""Numbers handled below which a second thread is not worth its start."""
+
+
+def run(field: GMPolicy | GaussianMixture, x: Tensor, programme: Programme) -> Tensor:
+    """The states `[M, B, ..., C]` at the stops of `programme`, from x `[B, ..., C]`.
+
+    field: a policy, or one mixture that is a prior over data, shared by all factors.
+    """
+    mixture = field.mixture if isinstance(field, GMPolicy) else field
+    dtype = torch.promote_types(x.dtype, mixture.means.dtype)
+    x = x.to(dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    x_src, source = (
+        (field.x_src.to(dtype), field.t_src) if isinstance(field, GMPolicy) else (torch.zeros_like(flat), 1.0)
+    )
+    coefficients = numbers(programme, torch.as_tensor(source).reshape(-1), dtype)
+    times = coefficients.shape[2]
+    means, weights, variance = mixture.means.to(dtype), mixture.log_weights.to(dtype), mixture.variance.to(dtype)
+    own = variance.ndim > 0 and variance.shape[-1] > 1
+    variance = variance.expand(*weights.shape[:-1], weights.shape[-1] if own else 1)
+
+    def of_factors(values: Tensor, inner: int) -> Tensor:
+        shared = values.ndim == inner
+        return values.expand(len(flat), *values.shape) if shared else values.flatten(0, -inner - 1)
+
+    out: Tensor = _Rollout.apply(  # type: ignore[no-untyped-call]
+        of_factors(means, 2),
+        of_factors(weights, 1),
+        of_factors(variance, 1),
+        x_src.reshape(flat.shape),
+        flat,
+        coefficients,
+        programme.commits,
+        programme.stops.expand(-1, times).contiguous(),
+        len(flat) // len(x) if times > 1 else len(flat),
+    )
+    return out.reshape(len(out), *x.shape)
+
+
+class _Rollout(torch.autograd.Function):
+    """means `[N, K, C]`, log_weights `[N, K]`, variance `[N, 1 or K]`, x_src, x `[N, C]` to states `[M, N, C]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        means: Tensor,
+        log_weights: Tensor,
+        variance: Tensor,
+        x_src: Tensor,
+        x: Tensor,
+        coefficients: Tensor,
+        commits: Tensor,
+        stops: Tensor,
+        factors: int,
+    ) -> Tensor:
+        x_src, x = x_src.contiguous(), x.contiguous()
+        ctx.save_for_backward(means, log_weights, variance, x_src, x, coefficients, commits, stops)
+        ctx.factors = factors
+        out = x.new_empty(len(stops), *x.shape)
+        job = _job(means, log_weights, variance, x_src, x, coefficients, commits, stops, factors)
+        call(fill(job, out=out), x.dtype, backward=False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+            return (*eager.gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
+        means, log_weights, variance, x_src, x, coefficients, commits, stops = ctx.saved_tensors
+        out_bar = out_bar.contiguous()
+        count, components, channels = means.shape
+        means_bar = x.new_empty(count, channels, components)
+        weights_bar, variance_bar = x.new_empty(count, components), x.new_empty(count, components)
+        x_src_bar, x_bar = torch.empty_like(x), torch.empty_like(x)
+        job = _job(means, log_weights, variance, x_src, x, coefficients, commits, stops, ctx.factors)
+        fill(job, out_bar=out_bar, means_bar=means_bar, log_weights_bar=weights_bar, variance_bar=variance_bar)
+        call(fill(job, x_src_bar=x_src_bar, x_bar=x_bar), x.dtype, backward=True)
+        if variance.shape[1] == 1:
+            variance_bar = variance_bar.sum(1, keepdim=True)
+        return means_bar.mT, weights_bar, variance_bar, x_src_bar, x_bar, None, None, None, None
+
+
+def _job(
+    means: Tensor,
+    log_weights: Tensor,
+    variance: Tensor,
+    x_src: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    commits: Tensor,
+    stops: Tensor,
+    factors: int,
+) -> Job:
+    count, components, channels = means.shape
+    rows, per_row, times = coefficients.shape
+    work = rows * count * components * (channels + 4)
+    return fill(
+        Job(),
+        factors=count,
+        components=components,
+        channels=channels,
+        rows=rows,
+        history=1 if per_row == 5 else 4,
+        times=times,
+        stops=len(stops),
+        factors_per_time=factors,
+        numbers=per_row,
+        own_variance=int(variance.shape[1] > 1),
+        threads=min(torch.get_num_threads(), max(1, work // ROW_WORK)),
+        means_n=means.stride(0),
+        means_k=means.stride(1),
+        means_c=means.stride(2),
+        weights_n=log_weights.stride(0),
+        weights_k=log_weights.stride(1),
+        variance_n=variance.stride(0),
+        variance_k=variance.stride(1),
+        means=means,
+        log_weights=log_weights,
+        variance=variance,
+        x_src=x_src,
+        x=x,
+        coefficients=coefficients,
+        commits=commits,
+        stop_rows=stops,
+    )
