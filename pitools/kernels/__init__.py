@@ -8,12 +8,13 @@ A reason sends the caller down the plain path. `with plain():`, or PITOOLS_KERNE
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,11 +26,21 @@ from pitools.path import ROUNDING
 from pitools.policies import GMPolicy
 from pitools.solvers import RungeKutta, Solver
 
-Kernel: TypeAlias = Callable[[Tensor, Programme], Tensor]
-"""Runs a programme from x `[B, ..., C]` to the states `[M, B, ..., C]` at its stops."""
+
+@dataclass(frozen=True)
+class Kernel:
+    """name: what it is built with.  run: takes a programme from x `[B, ..., C]` to the states `[M, B, ..., C]` at its
+    stops."""
+
+    name: str
+    run: Callable[[Tensor, Programme], Tensor]
+
 
 MOST_SHARED = 4096
 """Numbers in the means of a prior above which one product of matrices for all factors is faster."""
+
+MOST_ON_GPU = 64
+"""Components, and channels, that the kernel for a GPU was compiled for."""
 
 _PLAIN = ContextVar("plain", default=os.environ.get("PITOOLS_KERNELS") == "plain")
 
@@ -52,13 +63,13 @@ def states(field: object, x: Tensor, times: Tensor, stops: Tensor, method: Solve
     if not (isinstance(method, RungeKutta) and len(method.b) <= 4):
         return f"no kernel takes the steps of {method}"
     kernel = choose(field, x, times)
-    return kernel if isinstance(kernel, str) else kernel(x, rows_of(method, times, stops))
+    return kernel if isinstance(kernel, str) else kernel.run(x, rows_of(method, times, stops))
 
 
 def velocity(field: object, x: Tensor, t: Tensor) -> Tensor | str:
     """The velocity at (x `[B, ..., C]`, t 0-d or `[B]`), or why no kernel gives it."""
     kernel = choose(field, x, t.unsqueeze(0))
-    return kernel if isinstance(kernel, str) else kernel(x, velocity_row(t))[0]
+    return kernel if isinstance(kernel, str) else kernel.run(x, velocity_row(t))[0]
 
 
 def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
@@ -81,15 +92,33 @@ def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
         return "kernels have no gradient for times"
     if bool((times[0] > t_src * (1 + ROUNDING)).any()):
         return "the roll-out starts above t_src, which is an error of its own"
-    if x.device.type != "cpu":
-        return f"there is no kernel for {x.device.type}"
+    rollout = _rollout(x.device, mixture)
+    if isinstance(rollout, str):
+        return rollout
+    name, function = rollout
 
-    from pitools.kernels import gm, native
+    from pitools.kernels import gm
 
-    built = native.library()
-    if isinstance(built, str):
-        return built
-    return partial(gm.run, field)
+    return Kernel(name, partial(gm.run, field, function))
+
+
+def _rollout(device: torch.device, mixture: GaussianMixture) -> tuple[str, Callable[..., Tensor]] | str:
+    """What rolls a mixture out on a device, and its name."""
+    if device.type == "cpu":
+        from pitools.kernels import eager, gm, native
+
+        built = native.library()
+        return (built, eager.Rollout.apply) if isinstance(built, str) else ("C++", gm.Native.apply)
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "the kernel for a GPU needs Triton, which is not installed"
+        if max(mixture.components, mixture.channels) > MOST_ON_GPU:
+            return f"the kernel for a GPU takes up to {MOST_ON_GPU} components and channels"
+
+        from pitools.kernels import gm
+
+        return "Triton", gm.OnGPU.apply
+    return f"there is no kernel for {device.type}"
 
 
 def _unfit(*tensors: Tensor) -> str | None:

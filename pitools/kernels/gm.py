@@ -6,6 +6,7 @@ Every factor has an ODE of its own, of K·C parameters, so that a whole roll-out
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ ROW_WORK = 200_000
 """Numbers handled below which a second thread is not worth its start."""
 
 
-def run(field: GMPolicy | GaussianMixture, x: Tensor, programme: Programme) -> Tensor:
+def run(field: GMPolicy | GaussianMixture, rollout: Callable[..., Tensor], x: Tensor, programme: Programme) -> Tensor:
     """The states `[M, B, ..., C]` at the stops of `programme`, from x `[B, ..., C]`.
 
-    field: a policy, or one mixture that is a prior over data, shared by all factors.
+    field: a policy, or one mixture that is a prior over data, shared by all factors.  rollout: `Native.apply`,
+    `OnGPU.apply` or `eager.Rollout.apply`.
     """
     mixture = field.mixture if isinstance(field, GMPolicy) else field
     dtype = torch.promote_types(x.dtype, mixture.means.dtype)
@@ -43,7 +45,7 @@ def run(field: GMPolicy | GaussianMixture, x: Tensor, programme: Programme) -> T
         shared = values.ndim == inner
         return values.expand(len(flat), *values.shape) if shared else values.flatten(0, -inner - 1)
 
-    out: Tensor = _Rollout.apply(  # type: ignore[no-untyped-call]
+    out = rollout(
         of_factors(means, 2),
         of_factors(weights, 1),
         of_factors(variance, 1),
@@ -57,7 +59,7 @@ def run(field: GMPolicy | GaussianMixture, x: Tensor, programme: Programme) -> T
     return out.reshape(len(out), *x.shape)
 
 
-class _Rollout(torch.autograd.Function):
+class Native(torch.autograd.Function):
     """means `[N, K, C]`, log_weights `[N, K]`, variance `[N, 1 or K]`, x_src, x `[N, C]` to states `[M, N, C]`."""
 
     @staticmethod
@@ -97,6 +99,32 @@ class _Rollout(torch.autograd.Function):
         if variance.shape[1] == 1:
             variance_bar = variance_bar.sum(1, keepdim=True)
         return means_bar.mT, weights_bar, variance_bar, x_src_bar, x_bar, None, None, None, None
+
+
+class OnGPU(torch.autograd.Function):
+    """The same, by the kernel in Triton."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        from pitools.kernels import triton_gm
+
+        ctx.save_for_backward(*arguments[:-1])
+        ctx.factors = arguments[-1]
+        return triton_gm.forward(*_contiguous(arguments))
+
+    @staticmethod
+    def backward(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
+        from pitools.kernels import triton_gm
+
+        if torch.is_grad_enabled():
+            return (*eager.gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
+        arguments = _contiguous((*ctx.saved_tensors, ctx.factors))
+        return (*triton_gm.backward(*arguments, grad_out=out_bar.contiguous()), None, None, None, None)
+
+
+def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, with all that follow the mixture's own contiguous."""
+    return (*arguments[:3], *(value.contiguous() for value in arguments[3:-1]), arguments[-1])
 
 
 def _job(

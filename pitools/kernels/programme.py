@@ -53,7 +53,7 @@ def rows_of(method: RungeKutta, times: Tensor, stops: Tensor) -> Programme:
     h = torch.where(moves, to - now, 0.0)
     stages = len(method.b)
     if stages == 1:
-        commits = torch.full((len(now),), STATE, dtype=torch.int32)
+        commits = torch.full((len(now),), STATE, dtype=torch.int32, device=times.device)
         return Programme(now, commits, torch.stack([(now + h) / now, -h / now], dim=1), None, stops.int())
 
     # X_i and k_i as numbers of base and of the D's of the stages: `[1 + stages, S, T]`.
@@ -80,14 +80,14 @@ def rows_of(method: RungeKutta, times: Tensor, stops: Tensor) -> Programme:
         move[:, i, 0] = reached[0]
         for j in range(i + 1):
             move[:, i, 1 + j] = reached[1 + i - j]
-    commits = torch.tensor([STATE] + [KEEP] * (stages - 1), dtype=torch.int32).repeat(len(now))
+    commits = torch.tensor([STATE] + [KEEP] * (stages - 1), dtype=torch.int32, device=times.device).repeat(len(now))
     return Programme(torch.stack(asked, dim=1).flatten(0, 1), commits, move.flatten(0, 1), None, stops.int() * stages)
 
 
 def velocity_row(t: Tensor) -> Programme:
     """The row that turns X at `t`, 0-d or `[B]`, into its velocity."""
     t = t.reshape(-1)
-    one = torch.ones(1, dtype=torch.int32)
+    one = torch.ones(1, dtype=torch.int32, device=t.device)
     move = torch.stack([1 / t, -1 / t]).unsqueeze(0)
     return Programme(t.unsqueeze(0), one * STATE, move, None, one.unsqueeze(0))
 
