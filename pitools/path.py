@@ -38,14 +38,18 @@ def as_time(name: str, t: Time, like: Tensor, *, maximum: Time = 1.0, zero: bool
             f"{name} must be a number, a 0-d tensor or one value for each of the {like.shape[0]} samples, "
             f"got shape {tuple(time.shape)} for a state {tuple(like.shape)}"
         )
+    if isinstance(maximum, float):
+        if not time.numel():
+            return time
+        low, high = (float(end) for end in time.detach().aminmax())
+        if not ((low >= 0 if zero else low > 0) and high <= maximum * (1 + ROUNDING)):
+            bound = "1]" if maximum == 1.0 else f"t_src]: it may not exceed t_src, here {maximum:g}"
+            raise ValueError(f"{name} must lie in {'[' if zero else '('}0, {bound}, got {_range(time)}")
+        return time if high <= maximum else time.clamp(max=maximum)
     limit = torch.as_tensor(maximum, dtype=dtype, device=like.device)
     inside = ((time >= 0) if zero else (time > 0)) & (time <= limit * (1 + ROUNDING))
     if not bool(inside.all()):
-        bound = (
-            "1]"
-            if isinstance(maximum, float) and maximum == 1.0
-            else "t_src]: it may not exceed t_src, here " + _range(limit)
-        )
+        bound = f"t_src]: it may not exceed t_src, here {_range(limit)}"
         raise ValueError(f"{name} must lie in {'[' if zero else '('}0, {bound}, got {_range(time)}")
     return torch.minimum(time, limit)
 

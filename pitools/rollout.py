@@ -7,14 +7,29 @@ roll-out, `mean_velocity` the average that Eqs. 5 and 6 compare with the teacher
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pitools import kernels
+from pitools.mixture import GaussianMixture
 from pitools.path import align, as_time, substep_grid
-from pitools.solvers import Adaptive, Solver, solve_adaptive, solver, steps
+from pitools.policies import GMPolicy
+from pitools.solvers import (
+    SCALE,
+    Adaptive,
+    Clock,
+    Exponential,
+    Solver,
+    exponential_grid,
+    exponential_rows,
+    follow,
+    solve_adaptive,
+    solver,
+    steps,
+)
 from pitools.types import Time
 
 
@@ -48,7 +63,7 @@ def integrate(
     x: `[B, ...]`.  t_src in (0, 1], t_dst in [0, t_src]: float, 0-d or `[B]`, so that every sample may
     have its own interval.  step_size: raw length of a substep; the number of substeps is
     ceil(raw span / step_size - 1e-4), for each sample.  method: a name from `pitools.solvers.SOLVERS`
-    or a solver; the adaptive one takes its own steps.
+    or a solver; `auto` and `dopri5` take no step size but choose their own steps.
     Raises `ValueError` for an unknown method, times out of range or t_dst > t_src.
     """
     return visit(field, x, t_src, _one_stop(t_dst), method, step_size, shift)[0]
@@ -81,6 +96,15 @@ def visit(
             states.append(x)
             now = stop
         return torch.stack(states)
+    if isinstance(chosen, Exponential):
+        states = []
+        for now, stop in pairwise((source, *stops)):
+            # A sample that is already there may stand at t = 0, where no field is defined.
+            x = _exponential(
+                field, x, torch.where(stop < now, now, source), torch.where(stop < now, stop, source), chosen
+            )
+            states.append(x)
+        return torch.stack(states)
     grid = substep_grid(source, stops, step_size, shift)
     fused = kernels.states(field, x, grid.times, grid.stops, chosen)
     if isinstance(fused, Tensor):
@@ -90,6 +114,19 @@ def visit(
         for m, reached in enumerate(grid.stops == row):
             visited[m] = torch.where(align(reached, x), state, visited[m])
     return torch.stack(visited)
+
+
+def _exponential(field: AnyField, x: Tensor, t_src: Tensor, t_dst: Tensor, method: Exponential) -> Tensor:
+    """One interval by an exponential method; a mixture's own standard deviation places the times."""
+    mixture = field.mixture if isinstance(field, GMPolicy) else field
+    scale: Tensor | float = SCALE
+    if isinstance(mixture, GaussianMixture):
+        std = mixture.variance.detach().sqrt()
+        scale = std.flatten(1).mean(1) if std.ndim > 1 else std.mean()
+    clock = Clock.of(t_src, scale)
+    numbers = exponential_rows(clock, exponential_grid(clock, t_src, t_dst, method), method.order)
+    fused = kernels.rows(field, x, numbers)
+    return fused if isinstance(fused, Tensor) else follow(field.velocity, x, numbers)
 
 
 def velocity(field: AnyField, x: Tensor, t: Time) -> Tensor:
@@ -117,8 +154,8 @@ def trajectory(
     """
     x, source, stops = _prepare(x, t_src, _one_stop(t_dst))
     chosen = solver(method)
-    if isinstance(chosen, Adaptive):
-        raise ValueError("a trajectory needs a fixed-step method; dopri5 chooses its own steps")
+    if isinstance(chosen, Adaptive | Exponential):
+        raise ValueError("a trajectory needs a method with a step size; auto and dopri5 choose their own steps")
     times = substep_grid(source, stops, step_size, shift).times
     rows = torch.arange(len(times), device=x.device).reshape(-1, *(1 for _ in times.shape[1:])).expand(times.shape)
     states = kernels.states(field, x, times, rows, chosen)

@@ -1,6 +1,7 @@
 """Fused roll-outs: each equal to the plain one, and taken where it applies.
 
     states(field, x, times, stops, method)  ->  the states at the stops of a roll-out, or why no kernel gives them
+    rows(field, x, numbers)                 ->  the state after the rows of an exponential one, or why
     velocity(field, x, t)                   ->  the velocity, or why no kernel gives it
 
 A reason sends the caller down the plain path. `with plain():`, or PITOOLS_KERNELS=plain in the environment, forces it.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pitools.kernels.programme import Programme, rows_of, velocity_row
+from pitools.kernels.programme import Programme, multistep_rows, rows_of, velocity_row
 from pitools.mixture import GaussianMixture
 from pitools.path import ROUNDING
-from pitools.policies import GMPolicy
-from pitools.solvers import RungeKutta, Solver
+from pitools.policies import DXPolicy, GMPolicy, PolynomialPolicy, ShortcutPolicy
+from pitools.solvers import Rows, RungeKutta, Solver
+from pitools.types import Time
 
 
 @dataclass(frozen=True)
@@ -72,43 +74,51 @@ def velocity(field: object, x: Tensor, t: Tensor) -> Tensor | str:
     return kernel if isinstance(kernel, str) else kernel.run(x, velocity_row(t))[0]
 
 
+def rows(field: object, x: Tensor, numbers: Rows) -> Tensor | str:
+    """The state `[B, ..., C]` after the rows of an exponential roll-out from x, or why no kernel gives it."""
+    kernel = choose(field, x, numbers.times)
+    return kernel if isinstance(kernel, str) else kernel.run(x, multistep_rows(numbers))[0]
+
+
 def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
     """The kernel for a field and a state, along `times` `[S + 1]` or `[S + 1, B]`, or why there is none."""
     if _PLAIN.get():
         return "the plain path was asked for"
-    if type(field) is not GMPolicy and type(field) is not GaussianMixture:
-        return f"there is no kernel for a {type(field).__name__}"
-    if isinstance(field, GMPolicy):
-        mixture, t_src, like = field.mixture, field.t_src, field.x_src
-        if x.shape != like.shape:
-            return f"the state {tuple(x.shape)} is not the policy's {tuple(like.shape)}"
+    if type(field) in (DXPolicy, PolynomialPolicy, ShortcutPolicy):
+        assert isinstance(field, DXPolicy | PolynomialPolicy | ShortcutPolicy)
+        from pitools.kernels import linear
+
+        points = linear.points(field)
+        return _refused(x, points.shape[::2] + points.shape[3:], field.t_src, times, points) or Kernel(
+            "one sum", partial(linear.run, field)
+        )
+    if type(field) is GMPolicy:
+        mixture, t_src, shape = field.mixture, field.t_src, tuple(field.x_src.shape)
+    elif type(field) is GaussianMixture:
+        mixture, t_src, shape = field, 1.0, (*x.shape[:-1], field.channels)
+        if mixture.log_weights.ndim > 1 or mixture.means.numel() > MOST_SHARED:
+            return "of the mixtures that are priors, kernels take one at a time, of few numbers"
     else:
-        mixture, t_src, like = field, 1.0, field.means
-        if mixture.log_weights.ndim > 1 or mixture.means.numel() > MOST_SHARED or x.shape[-1] != mixture.channels:
-            return "a mixture that is a prior has a kernel if it is one, of few numbers, with the state's channels"
-    if why := _unfit(x, mixture.means, mixture.log_weights, mixture.variance, like):
+        return f"there is no kernel for a {type(field).__name__}"
+    like = field.x_src if isinstance(field, GMPolicy) else mixture.means
+    if why := _refused(x, shape, t_src, times, mixture.means, mixture.log_weights, mixture.variance, like):
         return why
-    if times.requires_grad or (isinstance(t_src, Tensor) and t_src.requires_grad):
-        return "kernels have no gradient for times"
-    if bool((times[0] > t_src * (1 + ROUNDING)).any()):
-        return "the roll-out starts above t_src, which is an error of its own"
     rollout = _rollout(x.device, mixture)
     if isinstance(rollout, str):
         return rollout
-    name, function = rollout
 
     from pitools.kernels import gm
 
-    return Kernel(name, partial(gm.run, field, function))
+    return Kernel(rollout[0], partial(gm.run, field, rollout[1]))
 
 
 def _rollout(device: torch.device, mixture: GaussianMixture) -> tuple[str, Callable[..., Tensor]] | str:
-    """What rolls a mixture out on a device, and its name."""
+    """The name of what rolls a mixture out on a device, and the function itself."""
     if device.type == "cpu":
         from pitools.kernels import eager, gm, native
 
         built = native.library()
-        return (built, eager.Rollout.apply) if isinstance(built, str) else ("C++", gm.Native.apply)
+        return (f"PyTorch; {built}", eager.Rollout.apply) if isinstance(built, str) else ("C++", gm.Native.apply)
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "the kernel for a GPU needs Triton, which is not installed"
@@ -119,6 +129,19 @@ def _rollout(device: torch.device, mixture: GaussianMixture) -> tuple[str, Calla
 
         return "Triton", gm.OnGPU.apply
     return f"there is no kernel for {device.type}"
+
+
+def _refused(x: Tensor, shape: Sequence[int], t_src: Time, times: Tensor, *parameters: Tensor) -> str | None:
+    """Why no kernel takes a state, times and parameters, if none does."""
+    if tuple(x.shape) != tuple(shape):
+        return f"the state is {tuple(x.shape)}, and not {tuple(shape)}"
+    if why := _unfit(x, *parameters):
+        return why
+    if times.requires_grad or (isinstance(t_src, Tensor) and t_src.requires_grad):
+        return "kernels have no gradient for times"
+    if len(times) and bool((times[0] > t_src * (1 + ROUNDING)).any()):
+        return "the roll-out starts above t_src, which is an error of its own"
+    return None
 
 
 def _unfit(*tensors: Tensor) -> str | None:

@@ -5,8 +5,8 @@ the means are kept about a centre c that follows the posterior. With μ' = μ - 
 
     log p_k = Σ_c (ρη'_c) μ'_kc - ρλ ‖μ'_k‖²/2 + log A_k,     D = c + ρ Σ_k p_k μ'_k + ρ v η'
 
-so that ‖μ'‖²/2 and log A are two more channels of the means, and a row is two products of a table `[C + 2, K, n]`. The
-factors lie innermost, where sums over small C and K run along vectors.
+so that ‖μ'‖²/2 and log A are two more channels of the means, and a row is two sums of products with a table
+`[C + 2, K, n]`. The factors lie innermost, where sums over small C and K run along vectors.
 
 `reference` is the same in differentiable form, with a centre of its own in each row; `gradients` differentiates it,
 and so has derivatives of every order.
@@ -22,8 +22,11 @@ from torch.autograd.function import FunctionCtx
 
 from pitools.kernels.programme import COMBINE, STATE
 
-CHUNK = 2**17
-"""Numbers of a table that one thread's cache holds, next to a product of the same size."""
+CHUNK = 2**19
+"""Numbers of a table that one thread's cache holds, next to a product of a part of its size."""
+
+PARTS = 4
+"""In how many parts a sum of products is taken: all but the first add to its products, and the last sum is shorter."""
 
 
 class Rollout(torch.autograd.Function):
@@ -59,13 +62,18 @@ def rollout(
     """
     count, components, channels = means.shape
     out = x.new_empty(len(stops), count, channels)
-    size = max(256, torch.get_num_threads() * CHUNK // (components * (channels + 2)))
+    most = max(256, torch.get_num_threads() * CHUNK // (components * (channels + 2)))
+    size = -(-count // max(1, -(-count // most)))  # of one size, as a small chunk costs as many calls
     sample = torch.arange(count, device=x.device) // factors
-    for start in range(0, count, size):
+    for start in range(0, count, max(1, size)):
         part = slice(start, start + size)
         own = sample[part] if coefficients.shape[2] > 1 else slice(None)
         _roll(
-            *(value[part] for value in (means, log_weights, variance, x_src, x)),
+            means[part],
+            log_weights[part],
+            variance[part],
+            x_src[part],
+            x[part],
             coefficients[:, :, own],
             commits.tolist(),
             stops[:, own],
@@ -99,18 +107,17 @@ def _roll(
     alive = coefficients.ne(0).any(-1).tolist()
 
     table = x.new_empty(channels + (1 if own else 2), components, count)
-    room, shifted, square = torch.empty_like(table), table[:channels], table[channels]
+    shifted, square = table[:channels], table[channels]
     multiplier = x.new_ones(len(table), count)
     slope, drop = multiplier[:channels], multiplier[channels]
-    columns, product, squares = multiplier.unsqueeze(1), room[:channels], torch.empty_like(slope)
-    logits, p = torch.empty_like(log_weights), torch.empty_like(log_weights)
+    squares, logits, p = torch.empty_like(slope), torch.empty_like(log_weights), torch.empty_like(log_weights)
+    over_channels, over_components = _Sum(table, multiplier.unsqueeze(1), 0), _Sum(shifted, p.unsqueeze(0), 1)
     if not own:
         table[-1] = log_weights
 
     def recentre(centre: Tensor) -> Tensor:
         torch.sub(means, centre.unsqueeze(1), out=shifted)
-        torch.mul(shifted, shifted, out=product)
-        torch.sum(product, 0, out=square)
+        torch.sum(shifted.square(), 0, out=square)
         square.mul_(-0.5)
         return centre
 
@@ -134,8 +141,7 @@ def _roll(
             centre = recentre((mean + width * eta) * share)
             torch.mul(eta - precision * mean, share if own else share * rho[r], out=slope)
 
-        torch.mul(table, columns, out=room)
-        torch.sum(room, 0, out=logits)
+        over_channels.into(logits)
         d = seen.pop()
         if own:
             shrink = 1 / (1 + precision * variance)
@@ -146,8 +152,7 @@ def _roll(
         else:
             torch.softmax(logits, 0, out=p)
             lift = variance
-        torch.mul(shifted, p, out=product)
-        torch.sum(product, 1, out=d)
+        over_components.into(d)
         if not own:
             d.mul_(rho[r])
         d.addcmul_(slope, lift).add_(centre)
@@ -164,6 +169,23 @@ def _roll(
             if alive[r][4 + j]:
                 x.addcmul_(seen[j], mixing[1 + j])
         put(r + 1)
+
+
+class _Sum:
+    """Σ a b over dimension `dim` of a `[C, K, n]`; b broadcasts to it."""
+
+    def __init__(self, a: Tensor, b: Tensor, dim: int) -> None:
+        width = -(-a.shape[dim] // PARTS)
+        parts = list(zip(a.split(width, dim), b.split(width, dim), strict=True))
+        self.dim, self.room = dim, torch.empty_like(parts[0][0], memory_format=torch.contiguous_format)
+        self.parts = [(self.room.narrow(dim, 0, part.shape[dim]), part, other) for part, other in parts]
+
+    def into(self, out: Tensor) -> None:
+        (products, a, b), *others = self.parts
+        torch.mul(a, b, out=products)
+        for sums, a, b in others:
+            sums.addcmul_(a, b)
+        torch.sum(self.room, self.dim, out=out)
 
 
 def reference(

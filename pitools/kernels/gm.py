@@ -118,8 +118,8 @@ class OnGPU(torch.autograd.Function):
 
         if torch.is_grad_enabled():
             return (*eager.gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
-        arguments = _contiguous((*ctx.saved_tensors, ctx.factors))
-        return (*triton_gm.backward(*arguments, grad_out=out_bar.contiguous()), None, None, None, None)
+        arguments = [*_contiguous((*ctx.saved_tensors, ctx.factors)), out_bar.contiguous()]
+        return (*triton_gm.backward(*arguments), None, None, None, None)
 
 
 def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

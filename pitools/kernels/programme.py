@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pitools.solvers import RungeKutta
+from pitools.solvers import Rows, RungeKutta
 from pitools.solvers.fixed import LANDING
 
 KEEP, STATE, COMBINE = 0, 1, 2
@@ -82,6 +82,15 @@ def rows_of(method: RungeKutta, times: Tensor, stops: Tensor) -> Programme:
             move[:, i, 1 + j] = reached[1 + i - j]
     commits = torch.tensor([STATE] + [KEEP] * (stages - 1), dtype=torch.int32, device=times.device).repeat(len(now))
     return Programme(torch.stack(asked, dim=1).flatten(0, 1), commits, move.flatten(0, 1), None, stops.int() * stages)
+
+
+def multistep_rows(rows: Rows) -> Programme:
+    """The programme of an exponential roll-out, which stops after its last row."""
+    times = rows.times if rows.times.ndim > 1 else rows.times.unsqueeze(1)
+    commits = torch.full((len(times),), COMBINE, dtype=torch.int32, device=times.device)
+    commits[:1] = STATE
+    move, commit = (v if v.ndim > 2 else v.unsqueeze(2) for v in (rows.move, rows.commit))
+    return Programme(times, commits, move, commit, commits.new_full((1, 1), len(times)))
 
 
 def velocity_row(t: Tensor) -> Programme:

@@ -56,13 +56,27 @@ class DXPolicy:
         """The same policy without a graph."""
         return type(self)(self.x0_grid.detach(), self.t_src, self.t_dst, self.shift)
 
+    def basis(self, t: Tensor) -> Tensor:
+        """`[..., N]`: what each point of the grid counts for in x̂_0 at checked times `[...]`, whose last dimension is
+        1 or B: a hat about its place."""
+        points = torch.arange(self.x0_grid.shape[1], dtype=t.dtype, device=t.device)
+        return (1 - (self._place(t).unsqueeze(-1) - points).abs()).clamp(min=0)
+
+    def _place(self, time: Tensor) -> Tensor:
+        """Where times lie on the grid, in [0, N - 1]."""
+        source, end = (
+            unshift_time(torch.as_tensor(t, dtype=time.dtype, device=time.device), self.shift)
+            for t in (self.t_src, self.t_dst)
+        )
+        span = source - end
+        offset = unshift_time(time, self.shift) - end
+        place = torch.where(span > 0, offset / torch.where(span > 0, span, 1.0), 0.0).clamp(0, 1)
+        return place * (self.x0_grid.shape[1] - 1)
+
     def _denoised(self, time: Tensor) -> Tensor:
         """x̂_0 `[B, L, C]` at a checked time, 0-d or `[B]`."""
         batch, points = self.x0_grid.shape[:2]
-        source, end = (unshift_time(torch.as_tensor(t), self.shift) for t in (self.t_src, self.t_dst))
-        span = source - end
-        offset = unshift_time(time, self.shift) - end
-        place = torch.where(span > 0, offset / torch.where(span > 0, span, 1.0), 0.0).clamp(0, 1) * (points - 1)
+        place = self._place(time)
         lower = place.floor().clamp(max=max(points - 2, 0)).expand(batch)
         weight = (place - lower).to(self.x0_grid.dtype).reshape(-1, 1, 1)
         rows = torch.arange(batch, device=self.x0_grid.device)

@@ -53,10 +53,18 @@ class PolynomialPolicy:
         """The same policy without a graph."""
         return type(self)(self.coefficients.detach(), self.t_src, self.shift)
 
+    def basis(self, t: Tensor) -> Tensor:
+        """`[..., N]`: the powers of raw_src - raw at checked times `[...]`, whose last dimension is 1 or B."""
+        return self._elapsed(t).unsqueeze(-1) ** torch.arange(self.coefficients.shape[1], device=t.device)
+
+    def _elapsed(self, time: Tensor) -> Tensor:
+        """raw_src - raw."""
+        source = torch.as_tensor(self.t_src, dtype=time.dtype, device=time.device)
+        return unshift_time(source, self.shift) - unshift_time(time, self.shift)
+
     def _denoised(self, time: Tensor) -> Tensor:
         """x̂_0 `[B, L, C]` at a checked time, by Horner's rule."""
-        source = unshift_time(torch.as_tensor(self.t_src), self.shift)
-        elapsed = (source - unshift_time(time, self.shift)).reshape(-1, 1, 1)
+        elapsed = self._elapsed(time).reshape(-1, 1, 1)
         powers = self.coefficients.unbind(1)
         x_0 = powers[-1]
         for coefficient in reversed(powers[:-1]):

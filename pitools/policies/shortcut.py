@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from pitools.path import as_time
@@ -48,6 +49,10 @@ class ShortcutPolicy:
     def detach(self) -> Self:
         """The same policy without a graph."""
         return type(self)(self.x0.detach(), self.t_src)
+
+    def basis(self, t: Tensor) -> Tensor:
+        """`[..., 1]`: one, at checked times `[...]`."""
+        return torch.ones_like(t).unsqueeze(-1)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,28 @@ class Adaptive:
     order: int = 5
 
 
-Solver: TypeAlias = RungeKutta | TwoStep | Adaptive
+@dataclass(frozen=True)
+class Exponential:
+    """Exponential multistep (see `exponential.py`): no step size, at most `evaluations` velocities an interval.
+
+    step: the longest step in the grid's variable w, which spares short intervals some of the evaluations; whole ones
+    reach the limit.  order: of convergence, 1 to 3.
+    """
+
+    evaluations: int = 16
+    order: int = 3
+    step: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.evaluations < 1:
+            raise ValueError(f"evaluations must be at least 1, got {self.evaluations}")
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3, got {self.order}")
+        if not self.step > 0:
+            raise ValueError(f"step must be positive, got {self.step}")
+
+
+Solver: TypeAlias = RungeKutta | TwoStep | Adaptive | Exponential
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
@@ -57,13 +78,14 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "rk4": RungeKutta(order=4, a=((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6)),
         "ab2": TwoStep(),
         "dopri5": Adaptive(),
+        "auto": Exponential(),
     }
 )
 
 
 def solver(method: str | Solver) -> Solver:
     """The solver of that name, or the solver itself. `ValueError` for an unknown name."""
-    if isinstance(method, RungeKutta | TwoStep | Adaptive):
+    if isinstance(method, RungeKutta | TwoStep | Adaptive | Exponential):
         return method
     if method not in SOLVERS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(SOLVERS)}")
