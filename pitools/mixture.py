@@ -41,6 +41,10 @@ from pitools.path import align, as_time
 from pitools.types import Time
 
 
+FEW = 16
+"""Components up to which log-weights are normalised across memory."""
+
+
 @dataclass(frozen=True, eq=False, init=False)
 class GaussianMixture:
     """A mixture of K isotropic Gaussians in R^C, or a batch of them.
@@ -74,7 +78,7 @@ class GaussianMixture:
             raise ValueError(
                 f"variance must broadcast to [..., K] = {tuple(log_weights.shape)}, got {tuple(spread.shape)}"
             )
-        means, log_weights = means.to(dtype), torch.log_softmax(log_weights.to(dtype), dim=-1)
+        means, log_weights = means.to(dtype), _normalised(log_weights.to(dtype))
         if not all_finite(means):
             raise ValueError("means hold a NaN or an infinite value")
         if log_weights.numel() and math.isnan(log_weights.detach().amax()):
@@ -270,6 +274,16 @@ def _weighted_sum(weights: Tensor, means: Tensor) -> Tensor:
     # Policy maths is exact inside autocast too, which rounds products of matrices.
     with torch.autocast(means.device.type, enabled=False):
         return (weights.unsqueeze(-2) @ means.to(weights.dtype)).squeeze(-2)
+
+
+def _normalised(logits: Tensor) -> Tensor:
+    """Log-weights `[..., K]` whose exponentials sum to 1."""
+    if logits.shape[-1] > FEW:
+        return torch.log_softmax(logits, dim=-1)
+    # On a CPU the last dimension is gone through a number at a time, any other along vectors: up to nine times faster.
+    return (
+        torch.log_softmax(logits.mT.contiguous(), dim=-2).mT if logits.ndim > 1 else torch.log_softmax(logits, dim=-1)
+    )
 
 
 def all_finite(values: Tensor) -> bool:

@@ -144,6 +144,28 @@ INLINE void transpose(Doubles rows[8]) {
         }
 }
 
+// The first `count` numbers at `from`, and 0; and the way back.
+INLINE void load_some(const float *from, int count, Floats *to) {
+#if defined(__AVX512F__)
+    *to = (Floats)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#else
+    *to = Floats{};
+    memcpy(to, from, count * sizeof(float));
+#endif
+}
+INLINE void load_some(const double *from, int count, Doubles *to) {
+    *to = Doubles{};
+    memcpy(to, from, count * sizeof(double));
+}
+INLINE void store_some(float *to, int count, Floats from) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)from);
+#else
+    memcpy(to, &from, count * sizeof(float));
+#endif
+}
+INLINE void store_some(double *to, int count, Doubles from) { memcpy(to, &from, count * sizeof(double)); }
+
 // What Python hands over (native.py holds the same list). Sizes and strides in elements.
 struct Job {
     int64_t factors, components, channels, rows, history, times, stops, factors_per_time, numbers, own_variance, threads;
@@ -208,27 +230,29 @@ template <class V, bool OWN> struct Block {
     // `size` numbers of each lane's factor, `stride` apart, W at a time through a transposed tile; `to` in order.
     void read(const void *from, int64_t stride, int64_t step, int size, V *to) {
         const S *source = (const S *)from;
-        int n = 0;
-        if (step == 1)
-            for (; n + W <= size; n += W) {
-                for (int i = 0; i < W; i++) memcpy(&to[n + i], source + index[i] * stride + n, sizeof(V));
-                transpose(to + n);
-            }
-        for (; n < size; n++)
-            for (int i = 0; i < W; i++) to[n][i] = source[index[i] * stride + n * step];
+        if (step != 1) {
+            for (int n = 0; n < size; n++)
+                for (int i = 0; i < W; i++) to[n][i] = source[index[i] * stride + n * step];
+            return;
+        }
+        for (int n = 0; n < size; n += W) {
+            const int count = size - n < W ? size - n : W;
+            V tile[W];
+            for (int i = 0; i < W; i++) load_some(source + index[i] * stride + n, count, &tile[i]);
+            transpose(tile);
+            for (int i = 0; i < count; i++) to[n + i] = tile[i];
+        }
     }
 
     void write(void *to, int64_t stride, int size, const V *from) {
         S *target = (S *)to;
-        int n = 0;
-        for (; n + W <= size; n += W) {
-            V tile[W];
-            for (int i = 0; i < W; i++) tile[i] = from[n + i];
+        for (int n = 0; n < size; n += W) {
+            const int count = size - n < W ? size - n : W;
+            V tile[W] = {};
+            for (int i = 0; i < count; i++) tile[i] = from[n + i];
             transpose(tile);
-            for (int i = 0; i < lanes; i++) memcpy(target + index[i] * stride + n, &tile[i], sizeof(V));
+            for (int i = 0; i < lanes; i++) store_some(target + index[i] * stride + n, count, tile[i]);
         }
-        for (; n < size; n++)
-            for (int i = 0; i < lanes; i++) target[index[i] * stride + n] = from[n][i];
     }
 
     // Means [N, C, K], K innermost, to rows of Kp for each channel.
