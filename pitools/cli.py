@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -78,7 +79,6 @@ def distill(
         torchrun --nproc_per_node 2 -m pitools distill toys/digits.toml --set engine.parallel=fsdp2
     """
     import logging
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -110,6 +110,89 @@ def distill(
     except Exception:
         _wait_for_the_first()
         raise
+
+
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: the GPU if there is one.")] = "auto",
+    only: Annotated[
+        str | None,
+        typer.Option(help="rollouts, velocity, backward, training, sampling; several with commas.  [default: all]"),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write everything to this file.", metavar="FILE")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repetitions: sooner done, and less exact.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Time nothing; say which path each kind of request takes, and why.")
+    ] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Next to no data, for tests.", hidden=True)] = False,
+) -> None:
+    """Time policies: fused roll-outs against plain ones, in the same run.
+
+    Roll-outs, velocities, gradients, a training step and sampling, at the shapes of DiT-XL/2, FLUX and Qwen-Image, and
+    of points in the plane. Times mean little alone: look at the ratios, and at the machine's ceilings beside them.
+
+    Examples:
+
+        pitools bench
+
+        pitools bench --only rollouts,training --json bench.json
+
+        pitools bench --quick --device cpu
+
+        pitools bench --explain
+    """
+    import logging
+
+    import torch
+    from rich.console import Console
+
+    from pitools.bench import TINY, chosen, run
+    from pitools.bench import explain as answers
+    from pitools.bench.parts import Settings
+    from pitools.bench.report import as_json, as_json_of_answers, show, show_answers, writable
+    from pitools.training.errors import Stopped
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `distill`
+    console = Console()
+    try:
+        where = torch.device(_device(device))
+        parts = chosen(only)
+        writable(json)
+    except ValueError as error:
+        raise _failed(error, 2) from None
+    try:
+        if explain:
+            found = answers(where)
+            show_answers(found, console)
+            text = as_json_of_answers(found)
+        else:
+            settings = Settings(where, rounds=3 if quick else 7, steps=2 if quick else 6)
+            if tiny:
+                settings = Settings(where, TINY, rounds=2, shortest=1e-4, batch=4, steps=1)
+            report = run(parts, settings, console)
+            show(report, settings.rounds, console)
+            text = as_json(report, settings.rounds)
+        if json is not None:
+            json.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise _failed(error, 1) from None
+    except Stopped as stop:  # within a training step
+        raise typer.Exit(128 + stop.signal) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _device(name: str) -> str:
+    """`auto` resolved; `ValueError` for a device that is not the CPU or a GPU that torch has here."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count()
+    if name != "cpu" and not (kind == "cuda" and (index.isdigit() and int(index) < count if index else count)):
+        raise ValueError(f"--device {name} is not here; use cpu, cuda (with a GPU), cuda:1, ... or auto")
+    return name
 
 
 def _first() -> bool:

@@ -14,7 +14,7 @@ import toys
 ROOT = Path(pitools.__file__).parent
 # From the top down: a room imports from the rooms above it, never from below.
 ROOMS = ["draws", "types", "path", "mixture", "solvers", "policies", "kernels", "rollout", "guidance", "objectives"]
-ROOMS += ["sampling", "metrics", "training", "cli"]
+ROOMS += ["sampling", "metrics", "training", "bench", "cli"]
 FOREIGN = {
     "pitools": {"toys", "scale", "diffusers", "peft", "transformers", "matplotlib"},
     "toys": {"scale", "diffusers", "peft"},
