@@ -40,7 +40,6 @@ from pitools.draws import Randomness, uniform
 from pitools.path import align, as_time
 from pitools.types import Time
 
-
 FEW = 16
 """Components up to which log-weights are normalised across memory."""
 

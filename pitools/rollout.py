@@ -22,11 +22,13 @@ from pitools.solvers import (
     Adaptive,
     Clock,
     Exponential,
+    PerFactor,
     Solver,
     exponential_grid,
     exponential_rows,
     follow,
     solve_adaptive,
+    solve_per_factor,
     solver,
     steps,
 )
@@ -63,7 +65,7 @@ def integrate(
     x: `[B, ...]`.  t_src in (0, 1], t_dst in [0, t_src]: float, 0-d or `[B]`, so that every sample may
     have its own interval.  step_size: raw length of a substep; the number of substeps is
     ceil(raw span / step_size - 1e-4), for each sample.  method: a name from `pitools.solvers.SOLVERS`
-    or a solver; `auto` and `dopri5` take no step size but choose their own steps.
+    or a solver; `auto`, `adaptive` and `dopri5` take no step size.
     Raises `ValueError` for an unknown method, times out of range or t_dst > t_src.
     """
     return visit(field, x, t_src, _one_stop(t_dst), method, step_size, shift)[0]
@@ -84,25 +86,18 @@ def visit(
     """
     x, source, stops = _prepare(x, t_src, t_stops)
     chosen = solver(method)
-    if isinstance(chosen, Adaptive):
-        states = []
-        now = source
-        for stop in stops:
-            # A sample that is already there stands still at t_src, where the field is defined.
-            moves = stop < now
-            x = solve_adaptive(
-                field.velocity, x, torch.where(moves, now, source), torch.where(moves, stop, source), chosen
-            )
-            states.append(x)
-            now = stop
-        return torch.stack(states)
-    if isinstance(chosen, Exponential):
+    if isinstance(chosen, Adaptive | Exponential | PerFactor):
         states = []
         for now, stop in pairwise((source, *stops)):
-            # A sample that is already there may stand at t = 0, where no field is defined.
-            x = _exponential(
-                field, x, torch.where(stop < now, now, source), torch.where(stop < now, stop, source), chosen
-            )
+            # A sample that is already there stands still at t_src, where the field is defined.
+            moves = stop < now
+            leg = torch.where(moves, now, source), torch.where(moves, stop, source)
+            if isinstance(chosen, Adaptive):
+                x = solve_adaptive(field.velocity, x, *leg, chosen)
+            elif isinstance(chosen, Exponential):
+                x = _exponential(field, x, *leg, chosen)
+            else:
+                x = _per_factor(field, x, *leg, chosen)
             states.append(x)
         return torch.stack(states)
     grid = substep_grid(source, stops, step_size, shift)
@@ -117,16 +112,43 @@ def visit(
 
 
 def _exponential(field: AnyField, x: Tensor, t_src: Tensor, t_dst: Tensor, method: Exponential) -> Tensor:
-    """One interval by an exponential method; a mixture's own standard deviation places the times."""
-    mixture = field.mixture if isinstance(field, GMPolicy) else field
-    scale: Tensor | float = SCALE
-    if isinstance(mixture, GaussianMixture):
-        std = mixture.variance.detach().sqrt()
-        scale = std.flatten(1).mean(1) if std.ndim > 1 else std.mean()
-    clock = Clock.of(t_src, scale)
+    """One interval by an exponential method."""
+    clock = Clock.of(t_src, _scale(field))
     numbers = exponential_rows(clock, exponential_grid(clock, t_src, t_dst, method), method.order)
     fused = kernels.rows(field, x, numbers)
     return fused if isinstance(fused, Tensor) else follow(field.velocity, x, numbers)
+
+
+def _per_factor(field: AnyField, x: Tensor, t_src: Tensor, t_dst: Tensor, method: PerFactor) -> Tensor:
+    """One interval with steps for each factor of a GM policy, or for each sample of any other field."""
+    source, end = (t.expand(len(x)) for t in (t_src, t_dst))
+    if type(field) is GMPolicy and x.shape == field.x_src.shape:
+        each = field.factors()
+        count = x.shape[1]
+        source, end = (t.repeat_interleave(count) for t in (source, end))
+
+        def of_factors(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+            return velocity(each[index], x.unsqueeze(1), t).squeeze(1)
+
+        flat = x.flatten(0, 1)
+        return solve_per_factor(of_factors, flat, source, end, method, _scale(each)).x_end.reshape(x.shape)
+
+    def of_samples(part: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        # The others stay where they were, and their answers are not used.
+        whole = x.index_put((index,), part.unflatten(1, x.shape[1:]))
+        u: Tensor = field.velocity(whole, source.index_put((index,), t))[index].flatten(1)
+        return u
+
+    return solve_per_factor(of_samples, x.flatten(1), source, end, method, _scale(field)).x_end.reshape(x.shape)
+
+
+def _scale(field: object) -> Tensor | float:
+    """The standard deviation of a mixture's components, 0-d or `[B]`, which places times."""
+    mixture = field.mixture if isinstance(field, GMPolicy) else field
+    if not isinstance(mixture, GaussianMixture):
+        return SCALE
+    std = mixture.variance.detach().sqrt()
+    return std.flatten(1).mean(1) if std.ndim > 1 else std.mean()
 
 
 def velocity(field: AnyField, x: Tensor, t: Time) -> Tensor:
@@ -154,8 +176,10 @@ def trajectory(
     """
     x, source, stops = _prepare(x, t_src, _one_stop(t_dst))
     chosen = solver(method)
-    if isinstance(chosen, Adaptive | Exponential):
-        raise ValueError("a trajectory needs a method with a step size; auto and dopri5 choose their own steps")
+    if isinstance(chosen, Adaptive | Exponential | PerFactor):
+        raise ValueError(
+            "a trajectory needs a method with a step size; auto, adaptive and dopri5 choose their own steps"
+        )
     times = substep_grid(source, stops, step_size, shift).times
     rows = torch.arange(len(times), device=x.device).reshape(-1, *(1 for _ in times.shape[1:])).expand(times.shape)
     states = kernels.states(field, x, times, rows, chosen)

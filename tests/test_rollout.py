@@ -8,6 +8,7 @@ from mixtures import rand, randn, random
 
 from pitools import GaussianMixture, GMPolicy, integrate, mean_velocity, trajectory
 from pitools.rollout import visit
+from pitools.solvers import PerFactor
 
 PRIOR = GaussianMixture(2 * randn(random(0), 9, 2), torch.zeros(9), 0.05 + rand(random(1), 9))
 
@@ -87,3 +88,19 @@ def test_bad_intervals_are_refused() -> None:
         trajectory(PRIOR, x, 1.0, 0.0, "dopri5")
     with pytest.raises(ValueError, match=r"\[B, \.\.\.\]"):
         integrate(PRIOR, torch.zeros(2), 1.0, 0.0)
+
+
+def test_adaptive_steps_per_factor_and_per_sample() -> None:
+    g = random(8)
+    means, log_weights = 0.5 * randn(g, 3, 4, 6, 2), randn(g, 3, 4, 6)
+    x_src, t_src = randn(g, 3, 4, 2), torch.tensor([1.0, 0.7, 0.4], dtype=torch.float64)
+    policy = GMPolicy(GaussianMixture(means, log_weights, 0.02 + 0.1 * rand(g, 3, 1, 1)), x_src, t_src)
+    t_dst = torch.tensor([0.0, 0.3, 0.4], dtype=torch.float64)
+    fine = integrate(policy, x_src, t_src, t_dst, "rk4", 1 / 4096)
+    for field in (policy, PRIOR):
+        reference = fine if field is policy else integrate(PRIOR, x_src, t_src, t_dst, "rk4", 1 / 4096)
+        end = integrate(field, x_src, t_src, t_dst, "adaptive")
+        assert float((end - reference).square().mean().sqrt()) < 2e-3
+        tight = integrate(field, x_src, t_src, t_dst, PerFactor(tol=1e-6))
+        assert float((tight - reference).square().mean().sqrt()) < 1e-4
+    assert torch.equal(integrate(policy, x_src, t_src, t_dst, "adaptive")[2], x_src[2])

@@ -71,6 +71,27 @@ class GMPolicy:
         check_state("x_t", x_t, self.x_src)
         return self.mixture.velocity(x_t, t, self.x_src, self.t_src)
 
+    def factors(self) -> Self:
+        """The same policy with each of its B·L factors as a sample of its own, `[B L, 1, C]`."""
+        batch, count, _ = self.x_src.shape
+        q = self.mixture
+        variance = q.variance.expand(batch, count, -1) if q.variance.ndim > 1 else q.variance
+        source = torch.as_tensor(self.t_src).expand(batch).repeat_interleave(count)
+        whole = GaussianMixture(
+            q.means.flatten(0, 1).unsqueeze(1),
+            q.log_weights.flatten(0, 1).unsqueeze(1),
+            variance.flatten(0, 1).unsqueeze(1) if variance.ndim > 1 else variance,
+        )
+        return type(self)(whole, self.x_src.flatten(0, 1).unsqueeze(1), source)
+
+    def __getitem__(self, samples: Tensor) -> Self:
+        """The policy of some samples, an index `[n]`."""
+        q = self.mixture
+        variance = q.variance.expand(len(self.x_src), -1, -1)[samples] if q.variance.ndim > 1 else q.variance
+        mixture = GaussianMixture(q.means[samples], q.log_weights[samples], variance)
+        source = self.t_src[samples] if isinstance(self.t_src, Tensor) and self.t_src.ndim else self.t_src
+        return type(self)(mixture, self.x_src[samples], source)
+
     def detach(self) -> Self:
         """The same policy without a graph."""
         return type(self)(self.mixture.detach(), self.x_src.detach(), self.t_src)

@@ -119,10 +119,10 @@ def exponential_rows(clock: Clock, times: Tensor, order: int) -> Rows:
         stop = len(now) if first == order - 1 else first + 1
         rows, late = slice(first, stop), slice(max(first, 1), stop)
         move[rows, 0] = to[rows] / now[rows]
-        move[rows, 1 : 2 + first] = _weights(clock, now[rows], to[rows], _lagged(w, rows, first))
+        move[rows, 1 : 2 + first] = interval_weights(clock, now[rows], to[rows], _lagged(w, rows, first))
         before, after = now[late.start - 1 : stop - 1], now[late]
         commit[late, 0] = after / before
-        commit[late, 1 : 2 + first] = _weights(clock, before, after, _lagged(w, late, first))
+        commit[late, 1 : 2 + first] = interval_weights(clock, before, after, _lagged(w, late, first))
     still = times.new_zeros(move.shape[1:])
     still[0] = 1
     move = torch.where(moves.unsqueeze(1), move, still)
@@ -135,7 +135,7 @@ def _lagged(w: Tensor, rows: slice, back: int) -> list[Tensor]:
     return [w[rows.start - j : rows.stop - j] for j in range(back + 1)]
 
 
-def _weights(clock: Clock, t: Tensor, to: Tensor, nodes: Sequence[Tensor]) -> Tensor:
+def interval_weights(clock: Clock, t: Tensor, to: Tensor, nodes: Sequence[Tensor]) -> Tensor:
     """to ∫_{to}^{t} l_j(w(τ))/τ² dτ for the Lagrange polynomials l_j of the nodes: `[S, k, T]`."""
     xi, weight = (v.to(t.device).reshape(-1, *(1 for _ in t.shape)) for v in (_NODES, _WEIGHTS))
     w = clock.w(t * to / (xi * t + (1 - xi) * to))  # even in 1/τ

@@ -68,7 +68,28 @@ class Exponential:
             raise ValueError(f"step must be positive, got {self.step}")
 
 
-Solver: TypeAlias = RungeKutta | TwoStep | Adaptive | Exponential
+@dataclass(frozen=True)
+class PerFactor:
+    """Steps chosen for each factor on its own (see `embedded.py`): no step size, and evaluations where they count.
+
+    tol: the error of a factor at the end, RMS over its channels, that the steps aim for.  order: of convergence, and
+    the number of evaluations remembered, 2 to 6.  max_evaluations: of the field, for one factor.
+    """
+
+    tol: float = 1e-3
+    order: int = 4
+    max_evaluations: int = 1000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tol < float("inf"):
+            raise ValueError(f"tol must be positive and finite, got {self.tol}")
+        if not 2 <= self.order <= 6:
+            raise ValueError(f"order must be 2 to 6, got {self.order}")
+        if self.max_evaluations < 2:
+            raise ValueError(f"max_evaluations must be at least 2, got {self.max_evaluations}")
+
+
+Solver: TypeAlias = RungeKutta | TwoStep | Adaptive | Exponential | PerFactor
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
@@ -79,13 +100,14 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         "ab2": TwoStep(),
         "dopri5": Adaptive(),
         "auto": Exponential(),
+        "adaptive": PerFactor(),
     }
 )
 
 
 def solver(method: str | Solver) -> Solver:
     """The solver of that name, or the solver itself. `ValueError` for an unknown name."""
-    if isinstance(method, RungeKutta | TwoStep | Adaptive | Exponential):
+    if isinstance(method, RungeKutta | TwoStep | Adaptive | Exponential | PerFactor):
         return method
     if method not in SOLVERS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(SOLVERS)}")

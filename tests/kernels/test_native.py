@@ -18,8 +18,10 @@ import torch
 from pitools import GaussianMixture, GMPolicy, integrate
 from pitools.kernels import choose
 g = torch.Generator().manual_seed(0)
-policy = GMPolicy(GaussianMixture(torch.randn(2, 3, 4, 2, generator=g), torch.zeros(2, 3, 4), 0.1), torch.ones(2, 3, 2), 1.0)
-print(choose(policy, policy.x_src, torch.ones(1)).name, integrate(policy, policy.x_src, 1.0, 0.5).flatten().tolist(), sep="|")
+mixture = GaussianMixture(torch.randn(2, 3, 4, 2, generator=g), torch.zeros(2, 3, 4), 0.1)
+policy = GMPolicy(mixture, torch.ones(2, 3, 2), 1.0)
+end = integrate(policy, policy.x_src, 1.0, 0.5)
+print(choose(policy, policy.x_src, torch.ones(1)).name, end.flatten().tolist(), sep="|")
 """
 
 
