@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pitools import kernels
 from pitools.mixture import GaussianMixture
-from pitools.path import align, as_time, substep_grid
+from pitools.path import ROUNDING, align, as_time, substep_grid
 from pitools.policies import GMPolicy
 from pitools.solvers import (
     SCALE,
@@ -218,5 +218,12 @@ def _prepare(x: Tensor, t_src: Time, t_stops: Tensor) -> tuple[Tensor, Tensor, T
     if x.ndim < 2:
         raise ValueError(f"a state must be [B, ...] with at least two dimensions, got shape {tuple(x.shape)}")
     source = as_time("t_src", t_src, x)
-    stops = [as_time("t_dst", stop, x, maximum=source, zero=True) for stop in t_stops]
-    return x, source, torch.stack(torch.broadcast_tensors(*stops))
+    stops = t_stops.to(source)
+    if stops.ndim == 1 and source.ndim:
+        stops = stops.unsqueeze(1)
+    fits = t_stops.ndim == 1 or t_stops.shape[1:] == x.shape[:1]
+    if fits and bool(((stops >= 0) & (stops <= source * (1 + ROUNDING))).all()):
+        return x, source, torch.minimum(stops, source)
+    # One of them is off; it is named.
+    each = [as_time("t_dst", stop, x, maximum=source, zero=True) for stop in t_stops]
+    return x, source, torch.stack(torch.broadcast_tensors(*each))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -107,10 +108,11 @@ def _rates(rows: Sequence[Row], most: Ceilings) -> Table:
 
 
 def _titled(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=escape(title), title_justify="left")
+    # Without frames and in narrow columns: nine of them on a line of 80.
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("shape\nB, L, K, C", no_wrap=True)
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
@@ -120,7 +122,9 @@ def _named(row: Row) -> str:
 
 def _broken(name: str) -> str:
     """In narrow lines."""
-    return name.replace("elementwise", "element-\nwise").replace("no compiler", "no com-\npiler").replace("/", " /\n")
+    return (
+        name.replace("elementwise", "ele-\nment-\nwise").replace("no compiler", "no\ncom-\npiler").replace("/", " /\n")
+    )
 
 
 def _milliseconds(value: float | None) -> str:
