@@ -148,7 +148,9 @@ def _scale(field: object) -> Tensor | float:
     if not isinstance(mixture, GaussianMixture):
         return SCALE
     std = mixture.variance.detach().sqrt()
-    return std.flatten(1).mean(1) if std.ndim > 1 else std.mean()
+    if std.numel() == 1 or not isinstance(field, GMPolicy):
+        return std.mean()
+    return std.expand(*field.x_src.shape[:2], std.shape[-1]).flatten(1).mean(1)
 
 
 def velocity(field: AnyField, x: Tensor, t: Time) -> Tensor:

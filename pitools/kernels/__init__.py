@@ -41,6 +41,9 @@ class Kernel:
 MOST_SHARED = 4096
 """Numbers in the means of a prior above which one product of matrices for all factors is faster."""
 
+MOST_OF_A_FACTOR = 2**16
+"""Numbers in the means of one factor above which nothing is gained."""
+
 MOST_ON_GPU = 64
 """Components, and channels, that the kernel for a GPU was compiled for."""
 
@@ -100,6 +103,8 @@ def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
             return "of the mixtures that are priors, kernels take one at a time, of few numbers"
     else:
         return f"there is no kernel for a {type(field).__name__}"
+    if mixture.components * mixture.channels > MOST_OF_A_FACTOR:
+        return f"a factor of {mixture.components} components in {mixture.channels} channels has no place in a cache"
     like = field.x_src if isinstance(field, GMPolicy) else mixture.means
     if why := _refused(x, shape, t_src, times, mixture.means, mixture.log_weights, mixture.variance, like):
         return why
@@ -137,6 +142,8 @@ def _refused(x: Tensor, shape: Sequence[int], t_src: Time, times: Tensor, *param
         return f"the state is {tuple(x.shape)}, and not {tuple(shape)}"
     if why := _unfit(x, *parameters):
         return why
+    if times.ndim > 1 and times.shape[1] != len(x):
+        return f"times are those of {times.shape[1]} samples, and the state has {len(x)}"
     if times.requires_grad or (isinstance(t_src, Tensor) and t_src.requires_grad):
         return "kernels have no gradient for times"
     if len(times) and bool((times[0] > t_src * (1 + ROUNDING)).any()):

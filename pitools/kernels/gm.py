@@ -30,13 +30,18 @@ def run(field: GMPolicy | GaussianMixture, rollout: Callable[..., Tensor], x: Te
     """
     mixture = field.mixture if isinstance(field, GMPolicy) else field
     dtype = torch.promote_types(x.dtype, mixture.means.dtype)
+    if isinstance(field, GMPolicy):
+        dtype = torch.promote_types(dtype, field.x_src.dtype)
     x = x.to(dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    x_src, source = (
-        (field.x_src.to(dtype), field.t_src) if isinstance(field, GMPolicy) else (torch.zeros_like(flat), 1.0)
-    )
+    flat = x.reshape(-1, x.shape[-1]).contiguous()  # here, so that a gradient's own gradient finds its way
+    if isinstance(field, GMPolicy):
+        x_src, source = field.x_src.to(dtype).reshape(flat.shape).contiguous(), field.t_src
+    else:
+        x_src, source = torch.zeros_like(flat), 1.0
     coefficients = numbers(programme, torch.as_tensor(source).reshape(-1), dtype)
     times = coefficients.shape[2]
+    if times not in (1, len(x)):
+        raise ValueError(f"times must be those of all samples or of each of the {len(x)}, got {times}")
     means, weights, variance = mixture.means.to(dtype), mixture.log_weights.to(dtype), mixture.variance.to(dtype)
     own = variance.ndim > 0 and variance.shape[-1] > 1
     variance = variance.expand(*weights.shape[:-1], weights.shape[-1] if own else 1)
@@ -49,7 +54,7 @@ def run(field: GMPolicy | GaussianMixture, rollout: Callable[..., Tensor], x: Te
         of_factors(means, 2),
         of_factors(weights, 1),
         of_factors(variance, 1),
-        x_src.reshape(flat.shape),
+        x_src,
         flat,
         coefficients,
         programme.commits,
@@ -75,7 +80,6 @@ class Native(torch.autograd.Function):
         stops: Tensor,
         factors: int,
     ) -> Tensor:
-        x_src, x = x_src.contiguous(), x.contiguous()
         ctx.save_for_backward(means, log_weights, variance, x_src, x, coefficients, commits, stops)
         ctx.factors = factors
         out = x.new_empty(len(stops), *x.shape)
@@ -90,7 +94,7 @@ class Native(torch.autograd.Function):
         means, log_weights, variance, x_src, x, coefficients, commits, stops = ctx.saved_tensors
         out_bar = out_bar.contiguous()
         count, components, channels = means.shape
-        means_bar = x.new_empty(count, channels, components)
+        means_bar = x.new_empty(count, channels, components) if ctx.needs_input_grad[0] else None
         weights_bar, variance_bar = x.new_empty(count, components), x.new_empty(count, components)
         x_src_bar, x_bar = torch.empty_like(x), torch.empty_like(x)
         job = _job(means, log_weights, variance, x_src, x, coefficients, commits, stops, ctx.factors)
@@ -98,7 +102,17 @@ class Native(torch.autograd.Function):
         call(fill(job, x_src_bar=x_src_bar, x_bar=x_bar), x.dtype, backward=True)
         if variance.shape[1] == 1:
             variance_bar = variance_bar.sum(1, keepdim=True)
-        return means_bar.mT, weights_bar, variance_bar, x_src_bar, x_bar, None, None, None, None
+        return (
+            None if means_bar is None else means_bar.mT,
+            weights_bar,
+            variance_bar,
+            x_src_bar,
+            x_bar,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class OnGPU(torch.autograd.Function):

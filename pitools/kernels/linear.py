@@ -40,7 +40,9 @@ def run(policy: Linear, x: Tensor, programme: Programme) -> Tensor:
 
 def _weights(policy: Linear, programme: Programme) -> Tensor:
     """A and the W_n at the stops, `[M, T, 1 + N]`, where T is 1 or B."""
-    times = max(programme.times.shape[1], torch.as_tensor(policy.t_src).numel())
+    times = programme.times.shape[1]
+    for own in (policy.t_src, policy.t_dst if isinstance(policy, DXPolicy) else 0.0):
+        times = max(times, torch.as_tensor(own).numel())
     state = torch.zeros(times, 1 + points(policy).shape[1], dtype=torch.float64, device=programme.times.device)
     state[:, 0] = 1
     base, seen = state, [torch.zeros_like(state)] * programme.history

@@ -35,8 +35,16 @@ typedef double Doubles __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 
 template <class V> struct Of;
-template <> struct Of<Floats> { typedef float S; static const int W = 16; };
-template <> struct Of<Doubles> { typedef double S; static const int W = 8; };
+template <> struct Of<Floats> {
+    typedef float S;
+    static const int W = 16;
+    static constexpr float absent = -3e38f;  // the log-weight of a component that is not there
+};
+template <> struct Of<Doubles> {
+    typedef double S;
+    static const int W = 8;
+    static constexpr double absent = -1e300;
+};
 
 template <class V> INLINE V all(double value) { return V{} + (typename Of<V>::S)value; }
 
@@ -178,7 +186,6 @@ struct Job {
 };
 
 static const double LOG2E = 1.4426950408889634;
-static const double ABSENT = -1e30;  // the logit of a component that is not there; no infinities in here
 
 template <class V, bool OWN> struct Block {
     typedef typename Of<V>::S S;
@@ -279,9 +286,9 @@ template <class V, bool OWN> struct Block {
         read(job.log_weights, job.weights_n, job.weights_k, K, weight);
         for (int k = 0; k < K; k++) {
             weight[k] *= (S)LOG2E;
-            weight[k] = larger(weight[k], all<V>(ABSENT));
+            weight[k] = larger(weight[k], all<V>(Of<V>::absent));
         }
-        for (int k = K; k < Kp; k++) weight[k] = all<V>(ABSENT);
+        for (int k = K; k < Kp; k++) weight[k] = all<V>(Of<V>::absent);
         V widest = {};
         if (OWN) {
             read(job.variance, job.variance_n, job.variance_k, K, own);
@@ -399,7 +406,7 @@ template <class V, bool OWN> struct Block {
                 own_log[k] = (S)(0.5 * C) * binary_log(rho[k]) + (S)(0.5 * LOG2E) * rho[k] * own[k] * length;
             }
         const V half = lambda * (S)0.5, scale = rho_all * (S)LOG2E;
-        V top = all<V>(2 * ABSENT);
+        V top = all<V>(-INFINITY);
         int k = 0;
         for (; k + 8 <= Kp; k += 8) top = logits<8>(*this, k, half, scale, top);
         if (k < Kp) top = logits<4>(*this, k, half, scale, top);
@@ -587,7 +594,7 @@ template <class V, bool OWN> struct Block {
         }
         take_stops(0);
         for (int c = 0; c < C; c++) bar_x[c] += bar_base[c];
-        write_means_bar();
+        if (job.means_bar) write_means_bar();
         write(job.log_weights_bar, K, K, bar_weight);
         write(job.variance_bar, K, K, bar_variance);
         write(job.x_src_bar, C, C, bar_x_src);

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O2", "-std=c++17", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 """What else a compiler is asked for, until one does not fail."""
+
+DAY = 86400.0
 
 SIZES = ["factors", "components", "channels", "rows", "history", "times", "stops", "factors_per_time", "numbers"]
 SIZES += ["own_variance", "threads"]
@@ -48,16 +51,19 @@ def library() -> ctypes.CDLL | str:
         version = subprocess.run(
             [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
         ).stdout
-        key = hashlib.sha256(
-            "\n".join([SOURCE.read_text(), version, *FLAGS, platform.machine(), _processor()]).encode()
-        ).hexdigest()[:16]
+        told = repr((compiler, version, FLAGS, EXTRAS, platform.machine(), _processor()))
+        key = hashlib.sha256(SOURCE.read_bytes() + told.encode()).hexdigest()[:16]
         built = cache_folder() / f"kernels-{key}.so"
         if not built.exists():
             _compile(compiler, built)
-        loaded = ctypes.CDLL(str(built))
+        try:
+            loaded = ctypes.CDLL(str(built))
+        except OSError:  # another system's, or none
+            _compile(compiler, built)
+            loaded = ctypes.CDLL(str(built))
     except subprocess.CalledProcessError as error:
         return f"{shlex.join(compiler)} failed: {(error.stderr or '').strip()[-500:]}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         return f"the kernels could not be built: {error}"
     for name in ("gm_float", "gm_double"):
         getattr(loaded, name).argtypes = [ctypes.POINTER(Job), ctypes.c_int]
@@ -88,7 +94,10 @@ def _processor() -> str:
 
 def _compile(compiler: list[str], built: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+    for left in built.parent.glob("building-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > DAY:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=built.parent, prefix="building-") as folder:
         fresh = Path(folder) / built.name
         for extra in EXTRAS:
             command = [*compiler, *FLAGS, *extra, str(SOURCE), "-o", str(fresh)]

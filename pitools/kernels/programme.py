@@ -103,7 +103,8 @@ def velocity_row(t: Tensor) -> Programme:
 
 def numbers(programme: Programme, t_src: Tensor, dtype: torch.dtype) -> Tensor:
     """`[R, F, T]`: λ, α, β of each evaluation as seen from `t_src` (see `mixture.py`), then move and commit."""
-    t, source = programme.times.to(dtype), t_src.to(dtype)
+    source = t_src.to(dtype)
+    t = torch.minimum(programme.times.to(dtype), source)  # above it by rounding
     product = (t * source).square()
     precision = (source - t) * (source + t - 2 * t * source) / product
     alpha = (1 - t) / t.square()

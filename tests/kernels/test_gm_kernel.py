@@ -290,3 +290,74 @@ def test_a_source_time_that_learns_keeps_its_gradient() -> None:
     t_dst = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     integrate(policy, policy.x_src, 1.0, t_dst).sum().backward()
     assert t_dst.grad is not None
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (4,), (3, 1), (3, 4), (1, 1, 1), (1, 1, 4), (1, 3, 1), (5, 1, 1), (5, 3, 4)]
+)
+@pytest.mark.parametrize("method", ["euler", "auto"])
+def test_a_variance_of_any_shape_that_broadcasts(shape: tuple[int, ...], method: str) -> None:
+    g = random(20)
+    variance = 0.02 + 0.1 * rand(g, max(1, math.prod(shape))).reshape(shape)
+    t_src = 0.4 + 0.5 * rand(g, 5)
+    means, weights, x_src = 0.5 * randn(g, 5, 3, 4, 2), randn(g, 5, 3, 4), randn(g, 5, 3, 2)
+    policy = GMPolicy(GaussianMixture(means, weights, variance), x_src, t_src)
+    assert_taken(policy, x_src)
+    mine = integrate(policy, x_src, t_src, t_src / 4, method)
+    with plain():
+        reference = integrate(policy, x_src, t_src, t_src / 4, method)
+    torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+
+def test_times_of_another_number_of_samples_are_refused() -> None:
+    policy = policy_of(21, (4, 3, 2, 2), "shared", 1.0, dropped=False)
+    assert "2 samples" in str(choose(policy, policy.x_src, torch.ones(5, 2)))
+
+
+def test_second_derivatives_of_a_state_that_is_a_view() -> None:
+    g = random(22)
+    mixture = GaussianMixture(0.5 * randn(g, 1, 4, 3, 2), randn(g, 1, 4, 3), 0.05)
+    base, source = (randn(g, 1, 2, 4).requires_grad_() for _ in range(2))
+
+    def function(base: Tensor, source: Tensor) -> Tensor:
+        policy = GMPolicy(mixture, source.transpose(1, 2), 0.9)
+        return integrate(policy, base.transpose(1, 2), 0.9, 0.3, "euler", 0.2)
+
+    assert torch.autograd.gradgradcheck(function, (base, source))
+
+
+def test_the_finest_of_the_dtypes_counts() -> None:
+    policy = single(policy_of(23, (2, 3, 4, 2), "shared", 1.0, dropped=False))
+    fine = GMPolicy(policy.mixture, policy.x_src.double(), 1.0)
+    for method in ("euler", "auto"):
+        mine = integrate(fine, policy.x_src, 1.0, 0.2, method)
+        with plain():
+            reference = integrate(fine, policy.x_src, 1.0, 0.2, method)
+        assert mine.dtype == reference.dtype == torch.float64
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_pads_a_vector_never_counts(dtype: torch.dtype) -> None:
+    points = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.2]], dtype=dtype), torch.zeros(3), 0.0)
+    x = torch.tensor([[0.2, 0.1]], dtype=dtype)
+    for t in (1e-4, 1e-8, 1e-14, 1e-16) if dtype == torch.float64 else (1e-4, 1e-8):
+        mine = t * velocity(points, x, t)
+        with plain():
+            torch.testing.assert_close(mine, t * velocity(points, x, t), rtol=1e-5, atol=1e-6)
+
+
+def test_a_factor_too_large_for_a_cache_goes_the_plain_way() -> None:
+    large = GMPolicy(
+        GaussianMixture(torch.zeros(1, 1, 32, 4096), torch.zeros(1, 1, 32), 0.1), torch.ones(1, 1, 4096), 1.0
+    )
+    assert "no place in a cache" in str(choose(large, large.x_src, torch.ones(1)))
+
+
+def test_only_the_gradients_that_are_asked_for() -> None:
+    policy = policy_of(24, (2, 5, 4, 3), "shared", 1.0, dropped=False)
+    x = policy.x_src.clone().requires_grad_()
+    (mine,) = torch.autograd.grad(integrate(policy, x, 1.0, 0.2).sum(), x)
+    with plain():
+        (reference,) = torch.autograd.grad(integrate(policy, x, 1.0, 0.2).sum(), x)
+    torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)

@@ -8,7 +8,7 @@ from mixtures import rand, randn, random
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from pitools import DXPolicy, PolynomialPolicy, kernels
+from pitools import DXPolicy, PolynomialPolicy, integrate, kernels
 from pitools.kernels import linear
 from pitools.kernels.programme import COMBINE, KEEP, STATE, Programme, rows_of
 from pitools.path import substep_grid
@@ -125,3 +125,12 @@ def test_nothing_is_rounded_inside_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = rolled(policy, x, t_src, stops, "euler")
     assert torch.equal(inside, rolled(policy, x, t_src, stops, "euler"))
+
+
+def test_each_sample_may_end_its_grid_elsewhere() -> None:
+    policy = DXPolicy(torch.randn(2, 4, 3, 2, dtype=torch.float64), 0.9, torch.tensor([0.1, 0.2]), 2.0)
+    x = torch.randn(2, 3, 2, dtype=torch.float64)
+    for method in ("heun", "auto"):
+        mine = integrate(policy, x, 0.7, 0.05, method)
+        with kernels.plain():
+            torch.testing.assert_close(mine, integrate(policy, x, 0.7, 0.05, method), rtol=1e-10, atol=1e-10)

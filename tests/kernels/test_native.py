@@ -89,3 +89,25 @@ def test_several_threads_may_roll_out_at_once() -> None:
     for thread in threads:
         thread.join()
     assert all(torch.equal(got[n], expected) for n in range(4))
+
+
+@pytest.mark.skipif(isinstance(native.library(), str), reason=f"needs a compiler: {native.library()}")
+def test_a_file_that_is_no_library_is_built_anew(tmp_path: Path) -> None:
+    _, first = run(tmp_path)
+    (built,) = (tmp_path / "pitools").iterdir()
+    built.write_bytes(b"not a library")
+    name, again = run(tmp_path)
+    assert name == "C++"
+    assert torch.equal(again, first)
+
+
+@pytest.mark.skipif(isinstance(native.library(), str), reason=f"needs a compiler: {native.library()}")
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    old = tmp_path / "pitools" / "building-old"
+    fresh = tmp_path / "pitools" / "building-fresh"
+    for folder in (old, fresh):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    run(tmp_path)
+    assert not old.exists()
+    assert fresh.exists()
