@@ -8,12 +8,20 @@ the means are kept about a centre c that follows the posterior. With μ' = μ - 
 so that ‖μ'‖²/2 and log A are two more channels of the means, and a row is two sums of products with a table
 `[C + 2, K, n]`. The factors lie innermost, where sums over small C and K run along vectors.
 
+Where K is small beside C, Euler steps go on in the span of what the state is made of, which they never leave:
+
+    X = Σ_k c_k μ'_k + e x + f x_src + g c,
+    η'·μ'_j = α Σ_k c_k μ'_k·μ'_j + αe x·μ'_j + (αf + β) x_src·μ'_j + (αg - λ) c·μ'_j
+
+A row is one sum of products with a table of inner products, `[K + 4, K, n]`, and the numbers c, e, f, g are its state.
+
 `reference` is the same in differentiable form, with a centre of its own in each row; `gradients` differentiates it,
 and so has derivatives of every order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,6 +32,15 @@ from pitools.kernels.programme import COMBINE, STATE
 
 CHUNK = 2**19
 """Numbers of a table that one thread's cache holds, next to a product of a part of its size."""
+
+SETUP = 6
+"""Rows that take as long as a table of inner products."""
+
+EULER = 5
+"""Numbers of a row of Euler's method: λ, α, β, a, b."""
+
+LEAST = 64.0
+"""Logarithm of the greatest weight over the least: less is lost beside it, and arithmetic is slow near underflow."""
 
 PARTS = 4
 """In how many parts a sum of products is taken: all but the first add to its products, and the last sum is shorter."""
@@ -95,7 +112,21 @@ def _roll(
 ) -> None:
     """One chunk, into `out` `[M, n, C]`; each factor has its column of `coefficients` and `stops`, or all have one."""
     (count, components, channels), history = means.shape, _history(coefficients)
-    own = variance.shape[1] > 1
+    own, done = variance.shape[1] > 1, 0
+    stop_rows = set(stops.unique().tolist())
+
+    def put(row: int, x: Tensor) -> None:
+        for m, here in _reached(stops, row) if row in stop_rows else ():
+            out[m] = torch.where(here.unsqueeze(1), x, out[m])
+
+    put(0, x)
+    variance = variance[:1] if variance.stride(0) == 0 else variance  # one for all: what follows from it is small, too
+    if not own and components + 4 < 2 * channels and coefficients.shape[1] == EULER:
+        for done, reached in _in_span(means, log_weights, variance, x_src, x, coefficients, stop_rows):
+            put(done, reached)
+            x = reached
+    if done == len(commits):
+        return
     mean, width = (value.T.contiguous() for value in _widest(means, variance))
     means, log_weights, variance, x_src, x = (
         value.permute(*reversed(range(value.ndim))).clone(memory_format=torch.contiguous_format)
@@ -111,6 +142,7 @@ def _roll(
     multiplier = x.new_ones(len(table), count)
     slope, drop = multiplier[:channels], multiplier[channels]
     squares, logits, p = torch.empty_like(slope), torch.empty_like(log_weights), torch.empty_like(log_weights)
+    greatest = x.new_empty(1, count)
     over_channels, over_components = _Sum(table, multiplier.unsqueeze(1), 0), _Sum(shifted, p.unsqueeze(0), 1)
     if not own:
         table[-1] = log_weights
@@ -123,14 +155,8 @@ def _roll(
 
     centre = recentre(mean)
     base, seen = x.clone(), [torch.zeros_like(x) for _ in range(history)]
-    stop_rows = set(stops.unique().tolist())
-
-    def put(row: int) -> None:
-        for m, here in _reached(stops, row) if row in stop_rows else ():
-            out[m] = torch.where(here.unsqueeze(1), x.T, out[m])
-
-    put(0)
-    for r, (number, scaled) in enumerate(zip(coefficients.unbind(), seen_from.unbind(), strict=True)):
+    for r in range(done, len(commits)):
+        number, scaled = coefficients[r], seen_from[r]
         (precision, alpha, beta, *mixing), (drop_r, alpha_r, beta_r) = number.unbind(), scaled.unbind()
         torch.mul(x, alpha_r, out=slope).addcmul_(x_src, beta_r).addcmul_(centre, drop_r, value=-1)
         drop.copy_(drop_r)
@@ -147,10 +173,10 @@ def _roll(
             shrink = 1 / (1 + precision * variance)
             logits.addcmul_(variance, slope.square().sum(0), value=0.5).mul_(shrink)
             logits.add_(log_weights).add_(shrink.log(), alpha=channels / 2)
-            torch.softmax(logits, 0, out=p).mul_(shrink)
+            _weigh(logits, torch.amax(logits, 0, keepdim=True, out=greatest), p).mul_(shrink)
             lift = (p * variance).sum(0)
         else:
-            torch.softmax(logits, 0, out=p)
+            _weigh(logits, torch.amax(logits, 0, keepdim=True, out=greatest), p)
             lift = variance
         over_components.into(d)
         if not own:
@@ -168,7 +194,68 @@ def _roll(
         for j in range(history):
             if alive[r][4 + j]:
                 x.addcmul_(seen[j], mixing[1 + j])
-        put(r + 1)
+        put(r + 1, x.T)
+
+
+def _in_span(
+    means: Tensor,
+    log_weights: Tensor,
+    variance: Tensor,
+    x_src: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    stop_rows: set[int],
+) -> Iterator[tuple[int, Tensor]]:
+    """How many Euler steps have been taken, and the state `[n, C]` then: at each stop, and before rows that are too few
+    for a table. The tensors are those of `_roll`."""
+    count, components, channels = means.shape
+    log_weights, variance, rows = log_weights.T.contiguous(), variance.T, len(coefficients)
+    precision, alpha, beta, keep, add = coefficients.unsqueeze(2).unbind(1)  # each [R, 1, n or 1]
+    rho = 1 / (1 + precision * variance)
+    seen, zero = rho * alpha, torch.zeros_like(rho)
+    kept, added = keep + add * variance * seen, add * rho
+    # What a row adds to e, f, g; and what stands before the last four of the table where these are 0.
+    given = torch.cat([zero, added * variance * beta, added], 1)
+    before = torch.cat([zero, rho * beta, -rho * precision, -rho * precision / 2], 1)
+    multiplier, state = x.new_empty(2, components + 4, count)
+    weights, scalars = state[:components], state[components:-1]
+    logits, p, greatest = torch.empty_like(log_weights), torch.empty_like(log_weights), x.new_empty(1, count)
+    mean, width = _widest(means, variance.T)
+    done, centre, first = 0, mean, 0
+
+    while rows - done >= SETUP and done >= first:
+        if done:
+            eta = alpha[done].T * x + beta[done].T * x_src
+            centre = (mean + width * eta) / (1 + precision[done].T * width)
+        shifted = means - centre.unsqueeze(1)
+        made_of = torch.cat([shifted, torch.stack([x, x_src, centre], 1)], 1)
+        table = x.new_empty(components + 4, components, count)
+        table[:-1] = torch.bmm(made_of, shifted.mT).permute(1, 2, 0)
+        table[-1] = table.diagonal().T
+        state.zero_()[components] = 1
+        product = _Sum(table, multiplier.unsqueeze(1), 0)
+        first = done + SETUP
+        while done < rows:
+            torch.mul(state, seen[done], out=multiplier)[components:].add_(before[done])
+            product.into(logits)
+            torch.amax(logits.add_(log_weights), 0, keepdim=True, out=greatest)
+            # Rounding of the logits grows with those that matter; then another centre is needed.
+            if float(greatest.abs().max()) > 16 + 2 * channels:
+                break
+            _weigh(logits, greatest, p)
+            state.mul_(kept[done])
+            weights.addcmul_(p, added[done])
+            scalars.add_(given[done])
+            done += 1
+            if done in stop_rows:
+                yield done, (made_of.mT @ state[:-1].T.unsqueeze(2)).squeeze(2)
+        x = (made_of.mT @ state[:-1].T.unsqueeze(2)).squeeze(2)
+        yield done, x
+
+
+def _weigh(logits: Tensor, greatest: Tensor, p: Tensor) -> Tensor:
+    """p = softmax of the logits `[K, n]`, which are lost; none of it is near underflow."""
+    return torch.softmax(torch.maximum(logits, greatest.sub_(LEAST), out=logits), 0, out=p)
 
 
 class _Sum:

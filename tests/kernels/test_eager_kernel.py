@@ -27,6 +27,11 @@ RUNS: list[tuple[tuple[int, ...], tuple[str, ...]]] = [  # B, L, K, C, R
     ((2, 4, 6, 2, 10), ("points", "far off")),
     ((2, 4, 6, 3, 10), ("points", "own variances", "close")),
     ((2, 4, 6, 3, 10), ("dropped", "own variances", "far off", "own times")),
+    # few components beside the channels: steps in the span of the means
+    ((3, 5, 3, 6, 12), ()),
+    ((3, 2, 5, 7, 20), ("dropped", "own times")),
+    ((2, 4, 6, 9, 40), ("points", "close", "own times")),
+    ((2, 4, 1, 3, 9), ("far off",)),
 ]
 
 
@@ -110,15 +115,17 @@ def rolled(policy: GMPolicy, x: Tensor, t_src: Tensor, stops: Tensor, method: st
 
 @pytest.mark.parametrize("own_times", [False, True])
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun", "rk4"])
-@pytest.mark.parametrize("variance", ["shared", "own", "zero"])
-def test_a_policy_s_roll_out_equals_the_plain_one(variance: str, method: str, own_times: bool) -> None:
-    g, (batch, factors, components, channels) = random(3), (4, 9, 8, 4)
+@pytest.mark.parametrize("variance", ["shared", "each", "own", "zero"])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_a_policy_s_roll_out_equals_the_plain_one(channels: int, variance: str, method: str, own_times: bool) -> None:
+    g, (batch, factors, components) = random(3), (4, 9, 8)
     t_src = 0.6 + 0.4 * rand(g, batch) if own_times else torch.tensor(1.0, dtype=torch.float64)
     means = 0.5 * randn(g, batch, factors, components, channels)
     weights = randn(g, batch, factors, components)
     weights[:, :, 1] = -torch.inf
     spread = {
         "shared": torch.tensor(0.01, dtype=torch.float64),
+        "each": 0.01 * (0.5 + rand(g, batch, factors, 1)),
         "own": 0.01 * (0.5 + rand(g, batch, factors, components)),
         "zero": torch.tensor(0.0, dtype=torch.float64),
     }[variance]
@@ -136,9 +143,20 @@ def test_a_policy_s_roll_out_equals_the_plain_one(variance: str, method: str, ow
     assert close(rolled(single, x, t_src, stops, method), expected, 1e-5)
 
 
-def test_a_posterior_far_off_keeps_its_digits() -> None:
+@pytest.mark.parametrize("channels", [2, 12])
+def test_a_posterior_far_off_keeps_its_digits(channels: int) -> None:
     """Means a thousand widths from the origin: logits about a fixed centre would lose three digits."""
-    run = random_run(5, 2, 8, 6, 2, 24, "close")
+    run = random_run(5, 2, 8, 6, channels, 24, "close")
     run = replace(run, means=run.means + 30, x_src=run.x_src + 30, x=run.x + 30)
     short: Run = run.to(torch.float32)
     assert close(eager.rollout(*short.arguments).double() - 30, executed(short.to(torch.float64)) - 30, 1e-3)
+
+
+def test_a_choice_within_a_far_cluster_keeps_its_digits() -> None:
+    """The centre follows a state into one of two clusters, a hundred widths apart; with one centre all along, the
+    error is ten times as large."""
+    run = random_run(5, 2, 8, 6, 16, 64, "close", "points")
+    side = torch.tensor([[-1.0], [1.0]], dtype=torch.float64).repeat(3, 1)
+    run = replace(run, means=run.means + 3 * side, x_src=run.x_src + 3, x=run.x + 3)
+    short: Run = run.to(torch.float32)
+    assert close(eager.rollout(*short.arguments).double() - 3, executed(short.to(torch.float64)) - 3, 2e-5)
