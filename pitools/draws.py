@@ -33,5 +33,7 @@ def _draw(kind: Callable[..., Tensor], shape: Sequence[int], randomness: Randomn
         return kind(shape, generator=randomness, dtype=like.dtype, device=randomness.device).to(like.device)
     if len(randomness) != shape[0]:
         raise ValueError(f"{len(randomness)} generators do not serve {shape[0]} samples; pass one for each, or one")
-    rows = [kind(shape[1:], generator=own, dtype=like.dtype, device=own.device) for own in randomness]
-    return torch.stack(rows).to(like.device)
+    drawn = torch.empty(*shape, dtype=like.dtype, device=randomness[0].device if randomness else like.device)
+    for sample, own in zip(drawn, randomness, strict=True):
+        kind(shape[1:], generator=own, out=sample)
+    return drawn.to(like.device)

@@ -82,8 +82,9 @@ class GaussianMixture:
             raise ValueError("means hold a NaN or an infinite value")
         if log_weights.numel() and math.isnan(log_weights.detach().amax()):
             raise ValueError("log_weights hold a NaN or +inf, or leave a mixture without any component")
-        if not bool(((spread >= 0) & torch.isfinite(spread)).all()):
-            raise ValueError(f"variance must be finite and not negative, got a minimum of {float(spread.min()):g}")
+        low, high = map(float, spread.detach().aminmax()) if spread.numel() else (0.0, 0.0)
+        if not (low >= 0 and high < math.inf):
+            raise ValueError(f"variance must be finite and not negative, got values from {low:g} to {high:g}")
         # K lies innermost in memory, so that sums over a small C run along vectors of K.
         object.__setattr__(self, "means", means.mT.contiguous().mT)
         object.__setattr__(self, "log_weights", log_weights)

@@ -66,12 +66,12 @@ def align(t: Tensor, like: Tensor) -> Tensor:
 
 def shift_time(raw: T, m: float) -> T:
     """t = m raw / (1 + (m - 1) raw) (paper, B.4); `raw` in [0, 1], any shape."""
-    return m * raw / (m * raw + (1 - raw))  # in this form exactly 0 at 0 and 1 at 1
+    return raw if m == 1 else m * raw / (m * raw + (1 - raw))  # in this form exactly 0 at 0 and 1 at 1
 
 
 def unshift_time(t: T, m: float) -> T:
     """raw = t / (m - (m - 1) t), the inverse of `shift_time`; `t` in [0, 1], any shape."""
-    return t / (t + m * (1 - t))
+    return t if m == 1 else t / (t + m * (1 - t))
 
 
 def diffuse(x_0: Tensor, noise: Tensor, t: Time) -> Tensor:
@@ -154,11 +154,10 @@ def substep_grid(t_src: Tensor, t_stops: Tensor, step_size: float, shift: float 
     stops = counts.cumsum(0)
 
     row = torch.arange(int(stops[-1].max()) + 1, device=raw.device, dtype=raw.dtype)
-    row = row.reshape(-1, *(1 for _ in raw.shape[1:]))
-    times = raw[0].expand(len(row), *raw.shape[1:])
-    for span, count, stop in zip(spans, counts, stops, strict=True):
-        times = times - span * ((row - (stop - count)) / count.clamp(min=1)).clamp(0, 1)
-    times = shift_time(times, shift).to(t_src.dtype)
+    row = row.reshape(-1, 1, *(1 for _ in raw.shape[1:]))
+    covered = ((row - (stops - counts)) / counts.clamp(min=1)).clamp(0, 1)  # of each leg, [S + 1, M, ...]
+    row = row.squeeze(1)
+    times = shift_time(raw[0] - (spans * covered).sum(1), shift).to(t_src.dtype)
     # The given times are exact: rounding must not miss t = 0, nor start above t_src, where no policy is defined.
     times = times.scatter(0, torch.cat([torch.zeros_like(stops[:1]), stops]).long(), t_points)
     times = torch.where(row >= stops[-1], t_points[-1], times)

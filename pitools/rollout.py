@@ -158,9 +158,18 @@ def velocity(field: AnyField, x: Tensor, t: Time) -> Tensor:
 
     x: `[B, ...]`.  t: float, 0-d or `[B]`.  Raises what the field raises.
     """
-    time = as_time("t", t, x)
-    fused = kernels.velocity(field, x, time)
-    return fused if isinstance(fused, Tensor) else field.velocity(x, time)
+    return velocities(field, x.unsqueeze(0), as_time("t", t, x).unsqueeze(0))[0]
+
+
+def velocities(field: AnyField, x: Tensor, t: Tensor) -> Tensor:
+    """The field's velocities `[M, B, ...]` at the states x `[M, B, ...]` and the times t `[M]` or `[M, B]`, falling.
+
+    Raises what the field raises.
+    """
+    fused = kernels.velocities(field, x, t) if bool((t > 0).all()) else "the field tells what is wrong"
+    if isinstance(fused, Tensor):
+        return fused
+    return torch.stack([field.velocity(*each) for each in zip(x, t, strict=True)])
 
 
 def trajectory(

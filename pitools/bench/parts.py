@@ -246,7 +246,7 @@ def _without_compiler(policy: GMPolicy, x: Tensor, substeps: int) -> Tensor:
     euler = SOLVERS["euler"]
     assert isinstance(euler, RungeKutta)
     grid = substep_grid(x.new_ones(()), x.new_zeros(1), 1 / substeps)
-    return gm.run(policy, eager.Rollout.apply, x, rows_of(euler, grid.times, grid.stops))[0]
+    return gm.factors_of(policy, eager.Rollout.apply, x).run(x, rows_of(euler, grid.times, grid.stops))[0]
 
 
 def _row(

@@ -2,7 +2,7 @@
 
     states(field, x, times, stops, method)  ->  the states at the stops of a roll-out, or why no kernel gives them
     rows(field, x, numbers)                 ->  the state after the rows of an exponential one, or why
-    velocity(field, x, t)                   ->  the velocity, or why no kernel gives it
+    velocities(field, x, t)                 ->  the velocities at several states, or why no kernel gives them
 
 A reason sends the caller down the plain path. `with plain():`, or PITOOLS_KERNELS=plain in the environment, forces it.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pitools.kernels.programme import Programme, multistep_rows, rows_of, velocity_row
+from pitools.kernels.programme import Programme, multistep_rows, rows_of
 from pitools.mixture import GaussianMixture
 from pitools.path import ROUNDING
 from pitools.policies import DXPolicy, GMPolicy, PolynomialPolicy, ShortcutPolicy
@@ -32,10 +32,11 @@ from pitools.types import Time
 @dataclass(frozen=True)
 class Kernel:
     """name: what it is built with.  run: takes a programme from x `[B, ..., C]` to the states `[M, B, ..., C]` at its
-    stops."""
+    stops.  velocities: at states `[M, B, ..., C]` and times `[M, T]`."""
 
     name: str
     run: Callable[[Tensor, Programme], Tensor]
+    velocities: Callable[[Tensor, Tensor], Tensor]
 
 
 MOST_SHARED = 4096
@@ -71,10 +72,10 @@ def states(field: object, x: Tensor, times: Tensor, stops: Tensor, method: Solve
     return kernel if isinstance(kernel, str) else kernel.run(x, rows_of(method, times, stops))
 
 
-def velocity(field: object, x: Tensor, t: Tensor) -> Tensor | str:
-    """The velocity at (x `[B, ..., C]`, t 0-d or `[B]`), or why no kernel gives it."""
-    kernel = choose(field, x, t.unsqueeze(0))
-    return kernel if isinstance(kernel, str) else kernel.run(x, velocity_row(t))[0]
+def velocities(field: object, x: Tensor, t: Tensor) -> Tensor | str:
+    """The velocities at x `[M, B, ..., C]` and t `[M]` or `[M, B]`, falling, or why no kernel gives them."""
+    kernel = choose(field, x[0], t)
+    return kernel if isinstance(kernel, str) else kernel.velocities(x, t.reshape(len(t), -1))
 
 
 def rows(field: object, x: Tensor, numbers: Rows) -> Tensor | str:
@@ -93,7 +94,7 @@ def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
 
         points = linear.points(field)
         return _refused(x, points.shape[::2] + points.shape[3:], field.t_src, times, points) or Kernel(
-            "one sum", partial(linear.run, field)
+            "one sum", partial(linear.run, field), partial(linear.velocities, field)
         )
     if type(field) is GMPolicy:
         mixture, t_src, shape = field.mixture, field.t_src, tuple(field.x_src.shape)
@@ -114,7 +115,8 @@ def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:
 
     from pitools.kernels import gm
 
-    return Kernel(rollout[0], partial(gm.run, field, rollout[1]))
+    factors = gm.factors_of(field, rollout[1], x)
+    return Kernel(rollout[0], factors.run, factors.velocities)
 
 
 def _rollout(device: torch.device, mixture: GaussianMixture) -> tuple[str, Callable[..., Tensor]] | str:

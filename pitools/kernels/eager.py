@@ -121,7 +121,7 @@ def _roll(
 
     put(0, x)
     variance = variance[:1] if variance.stride(0) == 0 else variance  # one for all: what follows from it is small, too
-    if not own and components + 4 < 2 * channels and coefficients.shape[1] == EULER:
+    if not own and components + 4 < 2 * channels and coefficients.shape[1] == EULER and len(commits) >= SETUP:
         for done, reached in _in_span(means, log_weights, variance, x_src, x, coefficients, stop_rows):
             put(done, reached)
             x = reached

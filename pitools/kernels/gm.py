@@ -7,6 +7,7 @@ Every factor has an ODE of its own, of K·C parameters, so that a whole roll-out
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pitools.kernels import eager
 from pitools.kernels.native import Job, call, fill
-from pitools.kernels.programme import Programme, numbers
+from pitools.kernels.programme import Programme, numbers, velocity_rows
 from pitools.mixture import GaussianMixture
 from pitools.policies import GMPolicy
 
@@ -22,46 +23,74 @@ ROW_WORK = 200_000
 """Numbers handled below which a second thread is not worth its start."""
 
 
-def run(field: GMPolicy | GaussianMixture, rollout: Callable[..., Tensor], x: Tensor, programme: Programme) -> Tensor:
-    """The states `[M, B, ..., C]` at the stops of `programme`, from x `[B, ..., C]`.
+@dataclass(frozen=True)
+class Factors:
+    """The factors of a field, in rows, and what rolls them out.
 
-    field: a policy, or one mixture that is a prior over data, shared by all factors.  rollout: `Native.apply`,
-    `OnGPU.apply` or `eager.Rollout.apply`.
+    means: `[N, K, C]`.  log_weights: `[N, K]`.  variance: `[N, 1]` or `[N, K]`.  x_src: `[N, C]`.  t_src: `[1]` or
+    `[B]`.  rollout: `Native.apply`, `OnGPU.apply` or `eager.Rollout.apply`.
     """
+
+    means: Tensor
+    log_weights: Tensor
+    variance: Tensor
+    x_src: Tensor
+    t_src: Tensor
+    rollout: Callable[..., Tensor]
+
+    def run(self, x: Tensor, programme: Programme) -> Tensor:
+        """The states `[M, B, ..., C]` at the stops of `programme`, from x `[B, ..., C]`."""
+        return self._run(x, numbers(programme, self.t_src, self.means.dtype), programme)
+
+    def velocities(self, x: Tensor, t: Tensor) -> Tensor:
+        """`[M, B, ..., C]` at the states x `[M, B, ..., C]` and the times t `[M, T]`."""
+        programme = velocity_rows(t)
+        rows = numbers(programme, self.t_src, self.means.dtype).split(1)
+        return torch.cat([self._run(state, row, programme) for state, row in zip(x, rows, strict=True)])
+
+    def _run(self, x: Tensor, coefficients: Tensor, programme: Programme) -> Tensor:
+        # Here, so that a gradient's own gradient finds its way.
+        flat = x.to(self.means.dtype).reshape(-1, x.shape[-1]).contiguous()
+        times = coefficients.shape[2]
+        if times not in (1, len(x)):
+            raise ValueError(f"times must be those of all samples or of each of the {len(x)}, got {times}")
+        out = self.rollout(
+            self.means,
+            self.log_weights,
+            self.variance,
+            self.x_src,
+            flat,
+            coefficients,
+            programme.commits,
+            programme.stops.expand(-1, times).contiguous(),
+            len(flat) // len(x) if times > 1 else len(flat),
+        )
+        return out.reshape(len(out), *x.shape)
+
+
+def factors_of(field: GMPolicy | GaussianMixture, rollout: Callable[..., Tensor], x: Tensor) -> Factors:
+    """Those of a policy, or of one mixture that is a prior over data, shared by as many as there are in x."""
     mixture = field.mixture if isinstance(field, GMPolicy) else field
     dtype = torch.promote_types(x.dtype, mixture.means.dtype)
     if isinstance(field, GMPolicy):
         dtype = torch.promote_types(dtype, field.x_src.dtype)
-    x = x.to(dtype)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()  # here, so that a gradient's own gradient finds its way
+    count = x.shape[:-1].numel()
     if isinstance(field, GMPolicy):
-        x_src, source = field.x_src.to(dtype).reshape(flat.shape).contiguous(), field.t_src
+        x_src, source = (
+            field.x_src.to(dtype).reshape(count, x.shape[-1]).contiguous(),
+            torch.as_tensor(field.t_src).reshape(-1),
+        )
     else:
-        x_src, source = torch.zeros_like(flat), 1.0
-    coefficients = numbers(programme, torch.as_tensor(source).reshape(-1), dtype)
-    times = coefficients.shape[2]
-    if times not in (1, len(x)):
-        raise ValueError(f"times must be those of all samples or of each of the {len(x)}, got {times}")
+        x_src, source = x.new_zeros(count, x.shape[-1], dtype=dtype), x.new_ones(1)
     means, weights, variance = mixture.means.to(dtype), mixture.log_weights.to(dtype), mixture.variance.to(dtype)
     own = variance.ndim > 0 and variance.shape[-1] > 1
     variance = variance.expand(*weights.shape[:-1], weights.shape[-1] if own else 1)
 
-    def of_factors(values: Tensor, inner: int) -> Tensor:
+    def rows(values: Tensor, inner: int) -> Tensor:
         shared = values.ndim == inner
-        return values.expand(len(flat), *values.shape) if shared else values.flatten(0, -inner - 1)
+        return values.expand(count, *values.shape) if shared else values.flatten(0, -inner - 1)
 
-    out = rollout(
-        of_factors(means, 2),
-        of_factors(weights, 1),
-        of_factors(variance, 1),
-        x_src,
-        flat,
-        coefficients,
-        programme.commits,
-        programme.stops.expand(-1, times).contiguous(),
-        len(flat) // len(x) if times > 1 else len(flat),
-    )
-    return out.reshape(len(out), *x.shape)
+    return Factors(rows(means, 2), rows(weights, 1), rows(variance, 1), x_src, source, rollout)
 
 
 class Native(torch.autograd.Function):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pitools.kernels.programme import COMBINE, STATE, Programme
+from pitools.kernels.programme import COMBINE, STATE, Programme, velocity_rows
 from pitools.policies import DXPolicy, PolynomialPolicy, ShortcutPolicy
 
 Linear = DXPolicy | PolynomialPolicy | ShortcutPolicy
@@ -36,6 +36,11 @@ def run(policy: Linear, x: Tensor, programme: Programme) -> Tensor:
         moved = weights[..., 1:] @ parameters
     kept = weights[..., :1].unsqueeze(-1)
     return torch.addcmul(moved.unflatten(-1, x.shape[1:]), kept, x.unsqueeze(1)).transpose(0, 1)
+
+
+def velocities(policy: Linear, x: Tensor, t: Tensor) -> Tensor:
+    """`[M, B, L, C]` at the states x `[M, B, L, C]` and the times t `[M, T]`."""
+    return torch.cat([run(policy, *each) for each in zip(x, map(velocity_rows, t.split(1)), strict=True)])
 
 
 def _weights(policy: Linear, programme: Programme) -> Tensor:

@@ -93,22 +93,21 @@ def multistep_rows(rows: Rows) -> Programme:
     return Programme(times, commits, move, commit, commits.new_full((1, 1), len(times)))
 
 
-def velocity_row(t: Tensor) -> Programme:
-    """The row that turns X at `t`, 0-d or `[B]`, into its velocity."""
-    t = t.reshape(-1)
-    one = torch.ones(1, dtype=torch.int32, device=t.device)
-    move = torch.stack([1 / t, -1 / t]).unsqueeze(0)
-    return Programme(t.unsqueeze(0), one * STATE, move, None, one.unsqueeze(0))
+def velocity_rows(t: Tensor) -> Programme:
+    """A row for each of the times `[M, T]`, of which one alone turns the X of its time into its velocity."""
+    s = 1 / t
+    one = torch.ones(1, 1, dtype=torch.int32, device=t.device)
+    return Programme(t, one[0] * STATE, torch.stack([s, -s], dim=1), None, one)
 
 
 def numbers(programme: Programme, t_src: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[R, F, T]`: λ, α, β of each evaluation as seen from `t_src` (see `mixture.py`), then move and commit."""
-    source = t_src.to(dtype)
-    t = torch.minimum(programme.times.to(dtype), source)  # above it by rounding
-    product = (t * source).square()
-    precision = (source - t) * (source + t - 2 * t * source) / product
-    alpha = (1 - t) / t.square()
-    drift = (source - t) * (source + t - t * source) / product
-    seen = torch.stack(torch.broadcast_tensors(precision, alpha, drift - alpha), dim=1)
-    parts = [seen, programme.move] + ([] if programme.commit is None else [programme.commit])
-    return torch.cat([part.to(dtype).expand(-1, -1, seen.shape[2]) for part in parts], dim=1)
+    """`[R, F, T]`: λ, α, β of each evaluation as seen from `t_src` (see `mixture.py`), then move and commit.
+
+    With s = 1/t and s_src = 1/t_src: λ = (s - s_src)(s + s_src - 2), α = s (s - 1), β = -s_src (s_src - 1).
+    """
+    first = 1 / t_src.double()
+    s = torch.maximum(1 / programme.times.double(), first)  # below it by rounding
+    seen = [(s - first) * (s + (first - 2)), s * (s - 1), (first - first.square()).expand_as(s)]
+    parts = [torch.stack(seen, dim=1), programme.move] + ([] if programme.commit is None else [programme.commit])
+    times = s.shape[1]
+    return torch.cat([part.expand(-1, -1, times) for part in parts], dim=1).to(dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from pitools.draws import Randomness
 from pitools.objectives.mixing import mixed_intervals
 from pitools.path import align, as_time, shift_time, unshift_time
-from pitools.rollout import integrate, velocity, visit
+from pitools.rollout import integrate, velocities, velocity, visit
 from pitools.solvers import Solver
 from pitools.types import Conditions, Dropped, Factorisation, Policy, Time, VelocityField
 
@@ -90,21 +90,20 @@ def imitation_loss(
             t = torch.where(raw >= raw_src, source, torch.where(raw <= raw_dst, end, t))
             return t.cummin(dim=0).values
 
-        bounds = shifted(torch.stack([drawn.starts, drawn.ends], dim=1).flatten(0, 1))
-        t, t_step = bounds[0::2], bounds[1::2]
-        t_window = torch.minimum(shifted(drawn.ends - window), t)
-        spans = drawn.starts - drawn.ends + window
-        local = spans / step_size < 2 - 1e-4
+        local = (drawn.starts - drawn.ends + window) / step_size < 2 - 1e-4
 
         def ask(x: Tensor, time: Tensor) -> Tensor:
             return _ask(teacher, factorisation, x, time, shape, conditions)
 
         x = factorisation.pack(x_src.detach()).to(torch.promote_types(x_src.dtype, torch.float32))
         if teacher_ratio == 0:
+            t = shifted(drawn.starts)
             visited = visit(detached, x, source, torch.cat([t, end[None]]), method, step_size, shift)
             x_t, x_dst = visited[:-1], visited[-1]
             targets = torch.stack([ask(x, time) for x, time in zip(x_t, t, strict=True)])
         else:
+            bounds = shifted(torch.stack([drawn.starts, drawn.ends], dim=1).flatten(0, 1))
+            t, t_step = bounds[0::2], bounds[1::2]
             states_met, answers, now = [], [], source
             for t_a, t_b in zip(t, t_step, strict=True):
                 x = _roll(detached, x, source, now, t_a, method, step_size, shift)
@@ -114,11 +113,13 @@ def imitation_loss(
                 x, now = x + align(t_b - t_a, x) * u, t_b
             x_dst = _roll(detached, x, source, now, end, method, step_size, shift)
             x_t, targets = torch.stack(states_met), torch.stack(answers)
-    errors = [
-        (_matched(policy, x, time, below, near, method, step_size, shift) - target).square().flatten(1).mean(1)
-        for x, time, below, near, target in zip(x_t, t, t_window, local, targets, strict=True)
-    ]
-    return Imitation(torch.stack(errors).mean(0) / 2, factorisation.unpack(x_dst, shape))
+    if bool(local.all()):
+        matched = velocities(policy, x_t, t)
+    else:
+        each = zip(x_t, t, torch.minimum(shifted(drawn.ends - window), t), local, strict=True)
+        matched = torch.stack([_matched(policy, *at, method, step_size, shift) for at in each])
+    errors = (matched - targets).square().flatten(2).mean((0, 2))
+    return Imitation(errors / 2, factorisation.unpack(x_dst, shape))
 
 
 def _ask(
@@ -167,8 +168,6 @@ def _matched(
 ) -> Tensor:
     """What meets the teacher's velocity, with a graph: the policy's at (x_t, t) where `local` `[B]`, else its mean
     velocity from there to `t_window`."""
-    if bool(local.all()):
-        return velocity(policy, x_t, t)
     reached = visit(policy, x_t, t, t_window[None], method, step_size, shift)[0]
     # Where local, the window may be empty: with a width of 1 neither value nor gradient is divided by 0.
     mean = (reached - x_t) / align(torch.where(local, 1.0, t_window - t), x_t)

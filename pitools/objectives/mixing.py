@@ -66,18 +66,19 @@ def mixed_intervals(
         raise ValueError(
             f"window {window:g} must be shorter than the segment, here {shortest:g} in raw time; shrink it"
         )
-    lowest = _lowest_end(raw_dst, window).clamp(min=floor)
+    lowest = (_lowest_end(raw_dst, window) if window else raw_dst).clamp(min=floor)
     room = raw_src - lowest
     if not bool((room > 0).all()):
         raise ValueError(f"floor {floor:g} leaves no room below t_src (raw {float(raw_src.min()):g})")
 
     # Shares of the room above each boundary, [M, B]; the draws lie in [0, 1).
     student = uniform([len(raw_src), states], randomness, like=raw_src).sort(dim=1).values.T
-    before = after = torch.zeros_like(student)
-    if ratio > 0:
-        cuts = uniform([len(raw_src), states - 1], randomness, like=raw_src).sort(dim=1).values.T
-        before = torch.cat([torch.zeros_like(raw_src)[None], cuts])
-        after = torch.cat([cuts, torch.ones_like(raw_src)[None]])
+    if ratio == 0:
+        raw = raw_src - room * student
+        return Intervals(raw, raw)
+    cuts = uniform([len(raw_src), states - 1], randomness, like=raw_src).sort(dim=1).values.T
+    before = torch.cat([torch.zeros_like(raw_src)[None], cuts])
+    after = torch.cat([cuts, torch.ones_like(raw_src)[None]])
     starts = (1 - ratio) * student + ratio * before
     ends = (1 - ratio) * student + ratio * after
     shares = torch.stack([starts, ends], dim=1).flatten(0, 1)  # [2M, B]: a_1, b_1, a_2, ..., never falling

@@ -162,6 +162,8 @@ def draw_segments(schedule: Schedule, batch: int, randomness: Randomness, like: 
 
     In `like`'s dtype and on its device.
     """
+    if schedule.nfe == 1:
+        return like.new_ones(batch), like.new_zeros(batch)
     rising = torch.tensor(segments(schedule.nfe, schedule.final_step_scale)[::-1], dtype=like.dtype, device=like.device)
     draws = uniform([batch], randomness, like)
     below = torch.searchsorted(rising[1:], draws)  # the first of the segments' upper ends that is >= τ'
