@@ -121,17 +121,21 @@ def _exponential(field: AnyField, x: Tensor, t_src: Tensor, t_dst: Tensor, metho
 
 def _per_factor(field: AnyField, x: Tensor, t_src: Tensor, t_dst: Tensor, method: PerFactor) -> Tensor:
     """One interval with steps for each factor of a GM policy, or for each sample of any other field."""
-    source, end = (t.expand(len(x)) for t in (t_src, t_dst))
     if type(field) is GMPolicy and x.shape == field.x_src.shape:
+        std = field.mixture.variance.detach().sqrt()
+        scale = std.mean() if std.numel() == 1 else std.mean(-1).expand(x.shape[:2]).flatten()
+        fused = kernels.adaptive(field, x, t_src, t_dst, method, scale)
+        if not isinstance(fused, str):
+            return fused.x_end.reshape(x.shape)
         each = field.factors()
-        count = x.shape[1]
-        source, end = (t.repeat_interleave(count) for t in (source, end))
+        source, end = (t.expand(len(x)).repeat_interleave(x.shape[1]) for t in (t_src, t_dst))
 
         def of_factors(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
             return velocity(each[index], x.unsqueeze(1), t).squeeze(1)
 
-        flat = x.flatten(0, 1)
-        return solve_per_factor(of_factors, flat, source, end, method, _scale(each)).x_end.reshape(x.shape)
+        return solve_per_factor(of_factors, x.flatten(0, 1), source, end, method, scale).x_end.reshape(x.shape)
+
+    source, end = (t.expand(len(x)) for t in (t_src, t_dst))
 
     def of_samples(part: Tensor, t: Tensor, index: Tensor) -> Tensor:
         # The others stay where they were, and their answers are not used.

@@ -20,7 +20,7 @@ from pitools import kernels
 from pitools.kernels import native
 from pitools.mixture import GaussianMixture
 from pitools.policies import DXPolicy, GMPolicy, PolynomialPolicy, ShortcutPolicy
-from pitools.solvers import SOLVERS
+from pitools.solvers import SOLVERS, Clock, Exponential, PerFactor, exponential_grid, exponential_rows
 
 B, L, K, C, N = 2, 3, 4, 2, 3
 
@@ -69,6 +69,7 @@ def _requests(device: torch.device) -> Iterator[tuple[str, Callable[[], kernels.
     yield "GM, dopri5", partial(_ask, policy, x, "dopri5")
     for name in [name for name in SOLVERS if name not in ("euler", "midpoint", "heun", "rk4", "ab2", "dopri5")]:
         yield f"GM, {name}", partial(_ask, policy, x, name)
+    yield "GM, adaptive, parameters with gradient", partial(_ask, _policy(x, grad=True), x, "adaptive")
     yield "GM, times with gradient", partial(_ask, policy, x, grad=True)
     yield "GM, inside torch.vmap", partial(_inside_vmap, policy, x)
     yield "GM, forward-mode derivative", partial(_forward_mode, policy, x)
@@ -85,10 +86,17 @@ def _requests(device: torch.device) -> Iterator[tuple[str, Callable[[], kernels.
 
 
 def _ask(field: object, x: Tensor, method: str = "euler", grad: bool = False) -> kernels.Kernel | str:
-    """The kernel for a roll-out from 1 to 0 in two steps, which it makes, or a reason."""
+    """The kernel for a roll-out from 1 to 0, in two steps or the method's own, which it makes, or a reason."""
     times = torch.tensor([1.0, 0.5, 0.0], device=x.device, requires_grad=grad)
-    states = kernels.states(field, x, times, torch.tensor([2], device=x.device), SOLVERS[method])
-    return states if isinstance(states, str) else kernels.choose(field, x, times)
+    solver, ends = SOLVERS[method], (times[0], times[-1])
+    if isinstance(solver, PerFactor):
+        told: object = kernels.adaptive(field, x, *ends, solver)
+    elif isinstance(solver, Exponential):
+        clock = Clock.of(ends[0])
+        told = kernels.rows(field, x, exponential_rows(clock, exponential_grid(clock, *ends, solver), solver.order))
+    else:
+        told = kernels.states(field, x, times, torch.tensor([2], device=x.device), solver)
+    return told if isinstance(told, str) else kernels.choose(field, x, times)
 
 
 def _inside_vmap(policy: GMPolicy, x: Tensor) -> kernels.Kernel | str:

@@ -3,6 +3,7 @@
     states(field, x, times, stops, method)  ->  the states at the stops of a roll-out, or why no kernel gives them
     rows(field, x, numbers)                 ->  the state after the rows of an exponential one, or why
     velocities(field, x, t)                 ->  the velocities at several states, or why no kernel gives them
+    adaptive(field, x, t_src, t_dst, ...)   ->  where each factor arrives with steps of its own, or why
 
 A reason sends the caller down the plain path. `with plain():`, or PITOOLS_KERNELS=plain in the environment, forces it.
 """
@@ -25,7 +26,7 @@ from pitools.kernels.programme import Programme, multistep_rows, rows_of
 from pitools.mixture import GaussianMixture
 from pitools.path import ROUNDING
 from pitools.policies import DXPolicy, GMPolicy, PolynomialPolicy, ShortcutPolicy
-from pitools.solvers import Rows, RungeKutta, Solver
+from pitools.solvers import SCALE, Arrival, PerFactor, Rows, RungeKutta, Solver
 from pitools.types import Time
 
 
@@ -82,6 +83,29 @@ def rows(field: object, x: Tensor, numbers: Rows) -> Tensor | str:
     """The state `[B, ..., C]` after the rows of an exponential roll-out from x, or why no kernel gives it."""
     kernel = choose(field, x, numbers.times)
     return kernel if isinstance(kernel, str) else kernel.run(x, multistep_rows(numbers))[0]
+
+
+def adaptive(
+    field: object, x: Tensor, t_src: Tensor, t_dst: Tensor, method: PerFactor, scale: Tensor | float = SCALE
+) -> Arrival | str:
+    """What `solve_per_factor` gives for the L factors of each sample, `[B L]`, or why no kernel gives it.
+
+    x: `[B, L, C]`.  Times 0-d or `[B]`.  scale: a number, 0-d or `[B L]`.  The errors are its own, too.
+    """
+    if type(field) is not GMPolicy:
+        return "only the factors of a Gaussian-mixture policy choose their steps in a kernel"
+    kernel = choose(field, x, t_src.unsqueeze(0))
+    if isinstance(kernel, str):
+        return kernel
+    if kernel.name != "C++":
+        return f"the kernel that chooses its steps is in C++, and not in {kernel.name}"
+    q = field.mixture
+    if torch.is_grad_enabled() and any(v.requires_grad for v in (x, field.x_src, q.means, q.log_weights, q.variance)):
+        return "the kernel that chooses its steps has no gradient"
+
+    from pitools.kernels import gm
+
+    return gm.factors_of(field, gm.Native.apply, x).adaptive(x, t_src, t_dst, method, scale)
 
 
 def choose(field: object, x: Tensor, times: Tensor) -> Kernel | str:

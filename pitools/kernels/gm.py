@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 
 from pitools.kernels import eager
-from pitools.kernels.native import Job, call, fill
+from pitools.kernels.native import ADAPTIVE, BACKWARD, FORWARD, Job, call, fill
 from pitools.kernels.programme import Programme, numbers, velocity_rows
 from pitools.mixture import GaussianMixture
 from pitools.policies import GMPolicy
+from pitools.solvers import Arrival, Clock, PerFactor
+from pitools.solvers.embedded import Ruler, first_step, not_finite, too_many
 
 ROW_WORK = 200_000
 """Numbers handled below which a second thread is not worth its start."""
+
+TYPICAL_EVALUATIONS = 20
+"""Of a factor that chooses its steps."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,34 @@ class Factors:
         programme = velocity_rows(t)
         rows = numbers(programme, self.t_src, self.means.dtype).split(1)
         return torch.cat([self._run(state, row, programme) for state, row in zip(x, rows, strict=True)])
+
+    def adaptive(self, x: Tensor, t_src: Tensor, t_dst: Tensor, method: PerFactor, scale: Tensor | float) -> Arrival:
+        """What `solve_per_factor` gives for the factors from x `[B, L, C]`, in its order, with its errors.
+
+        Times 0-d or `[B]`.  scale: a number, 0-d or `[B L]`.
+        """
+        flat = x.to(self.means.dtype).reshape(-1, x.shape[-1]).contiguous()
+        count = len(flat)
+
+        def of_factors(t: Tensor) -> Tensor:
+            each = t.detach().double().expand(len(x))
+            return each.repeat_interleave(x.shape[1])
+
+        start, end, source = (of_factors(t) for t in (t_src, t_dst, self.t_src))
+        ruler = Ruler.of(Clock.of(start, torch.as_tensor(scale, dtype=torch.float64).detach().expand(count)))
+        first = torch.full_like(start, first_step(method))
+        travels = torch.stack([ruler.a, ruler.b, ruler.c, ruler.d, end, start, first, source])
+        out, failed_at = torch.empty_like(flat), torch.zeros_like(start)
+        evaluations, stage = torch.zeros(2, count, dtype=torch.int32)
+        job = _job(self.means, self.log_weights, self.variance, self.x_src, flat, TYPICAL_EVALUATIONS)
+        fill(job, history=method.order, most=method.max_evaluations, tol=method.tol, travels=travels, out=out)
+        call(fill(job, evaluations=evaluations, stage=stage, failed_at=failed_at), flat.dtype, ADAPTIVE)
+        if bool(stage.any()):
+            # All have set out together: what failed first is what PyTorch would have met first.
+            stages = torch.where(stage > 0, stage, stage.max() + 1)
+            i = int(stages.argmin())
+            raise too_many(i, method, x.dtype) if int(stage[i]) % 3 == 1 else not_finite(i, float(failed_at[i]))
+        return Arrival(out, evaluations.long())
 
     def _run(self, x: Tensor, coefficients: Tensor, programme: Programme) -> Tensor:
         # Here, so that a gradient's own gradient finds its way.
@@ -112,8 +145,8 @@ class Native(torch.autograd.Function):
         ctx.save_for_backward(means, log_weights, variance, x_src, x, coefficients, commits, stops)
         ctx.factors = factors
         out = x.new_empty(len(stops), *x.shape)
-        job = _job(means, log_weights, variance, x_src, x, coefficients, commits, stops, factors)
-        call(fill(job, out=out), x.dtype, backward=False)
+        job = _follow(means, log_weights, variance, x_src, x, coefficients, commits, stops, factors)
+        call(fill(job, out=out), x.dtype, FORWARD)
         return out
 
     @staticmethod
@@ -126,9 +159,9 @@ class Native(torch.autograd.Function):
         means_bar = x.new_empty(count, channels, components) if ctx.needs_input_grad[0] else None
         weights_bar, variance_bar = x.new_empty(count, components), x.new_empty(count, components)
         x_src_bar, x_bar = torch.empty_like(x), torch.empty_like(x)
-        job = _job(means, log_weights, variance, x_src, x, coefficients, commits, stops, ctx.factors)
+        job = _follow(means, log_weights, variance, x_src, x, coefficients, commits, stops, ctx.factors)
         fill(job, out_bar=out_bar, means_bar=means_bar, log_weights_bar=weights_bar, variance_bar=variance_bar)
-        call(fill(job, x_src_bar=x_src_bar, x_bar=x_bar), x.dtype, backward=True)
+        call(fill(job, x_src_bar=x_src_bar, x_bar=x_bar), x.dtype, BACKWARD)
         if variance.shape[1] == 1:
             variance_bar = variance_bar.sum(1, keepdim=True)
         return (
@@ -170,7 +203,7 @@ def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*arguments[:3], *(value.contiguous() for value in arguments[3:-1]), arguments[-1])
 
 
-def _job(
+def _follow(
     means: Tensor,
     log_weights: Tensor,
     variance: Tensor,
@@ -181,20 +214,31 @@ def _job(
     stops: Tensor,
     factors: int,
 ) -> Job:
-    count, components, channels = means.shape
+    """The job of a programme."""
     rows, per_row, times = coefficients.shape
-    work = rows * count * components * (channels + 4)
     return fill(
-        Job(),
-        factors=count,
-        components=components,
-        channels=channels,
+        _job(means, log_weights, variance, x_src, x, rows),
         rows=rows,
         history=1 if per_row == 5 else 4,
         times=times,
         stops=len(stops),
         factors_per_time=factors,
         numbers=per_row,
+        coefficients=coefficients,
+        commits=commits,
+        stop_rows=stops,
+    )
+
+
+def _job(means: Tensor, log_weights: Tensor, variance: Tensor, x_src: Tensor, x: Tensor, evaluations: int) -> Job:
+    """A job of about so many evaluations for each factor, without what it is to do."""
+    count, components, channels = means.shape
+    work = evaluations * count * components * (channels + 4)
+    return fill(
+        Job(),
+        factors=count,
+        components=components,
+        channels=channels,
         own_variance=int(variance.shape[1] > 1),
         threads=min(torch.get_num_threads(), max(1, work // ROW_WORK)),
         means_n=means.stride(0),
@@ -209,7 +253,4 @@ def _job(
         variance=variance,
         x_src=x_src,
         x=x,
-        coefficients=coefficients,
-        commits=commits,
-        stop_rows=stops,
     )

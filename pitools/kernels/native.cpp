@@ -16,6 +16,8 @@
 // with D̄ the adjoint of D_r, q_k = D̄·μ'_k, and δ_k = p_k (s_k - Σ p s), s_k = ρ_k (q_k + v_k D̄·η') that of the logits,
 //
 //     μ̄_k += ρ_k (p_k D̄ + δ_k (η' - λμ'_k)),    η̄ = Σ_k ρ_k (v_k p_k D̄ + δ_k (μ'_k + v_k η')),    log Ā_k += δ_k
+//
+// In place of a programme, each lane may choose its own steps (`Travel`, `adaptive`): forward only.
 
 #include <atomic>
 #include <cmath>
@@ -33,6 +35,7 @@
 typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(64)));  // or a mask of doubles: -1 and 0
 
 template <class V> struct Of;
 template <> struct Of<Floats> {
@@ -174,18 +177,105 @@ INLINE void store_some(float *to, int count, Floats from) {
 }
 INLINE void store_some(double *to, int count, Doubles from) { memcpy(to, &from, count * sizeof(double)); }
 
+enum Kind { FORWARD, BACKWARD, ADAPTIVE };
+
 // What Python hands over (native.py holds the same list). Sizes and strides in elements.
 struct Job {
     int64_t factors, components, channels, rows, history, times, stops, factors_per_time, numbers, own_variance, threads;
+    int64_t most;
     int64_t means_n, means_k, means_c, weights_n, weights_k, variance_n, variance_k;
     const void *means, *log_weights, *variance, *x_src, *x, *coefficients;
     const int32_t *commits, *stop_rows;
     void *out;                                                                    // [M, N, C]
     const void *out_bar;                                                          // its adjoint
     void *means_bar, *log_weights_bar, *variance_bar, *x_src_bar, *x_bar;         // [N, C, K], [N, K], [N, K], [N, C] twice
+    const double *travels;                                                        // [8, N], `Travel`'s, and t_src
+    int32_t *evaluations, *stage;                                                 // [N] twice
+    double *failed_at;                                                            // [N]
+    double tol;
 };
 
 static const double LOG2E = 1.4426950408889634;
+static const int MOST_KNOWN = 6;  // D's, by adaptive steps
+
+INLINE Doubles smaller(Doubles a, Doubles b) { return a < b ? a : b; }
+
+INLINE bool any(Longs mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int64_t all = 0;
+    for (int i = 0; i < 8; i++) all |= mask[i];
+    return all != 0;
+#endif
+}
+
+// q^(1/n) for q in [1e-30, 1e30], within 1e-12 of itself: from the logarithm of a mantissa around 1, to base 2.
+INLINE Doubles root(Doubles q, Doubles n) {
+    const Longs whole = ((Longs)q - 0x3FE6A09E667F3BCD) >> 52;
+    const Doubles m = (Doubles)((Longs)q - (whole << 52)), z = (m - 1) / (m + 1), square = z * z;
+    Doubles y = all<Doubles>(1.0 / 13);
+    for (double odd = 11; odd > 0; odd -= 2) y = y * square + 1 / odd;
+    const Doubles x = (__builtin_convertvector(whole, Doubles) + 2 * LOG2E * z * y) / n;
+    const Doubles shifted = x + 6755399441055744.0, f = (x - (shifted - 6755399441055744.0)) * (1 / LOG2E);
+    y = all<Doubles>(1);
+    for (double term = 11; term > 0; term -= 1) y = y * f * (1 / term) + 1;
+    return (Doubles)((Longs)y + ((Longs)shifted << 52));
+}
+
+// Eight lanes of a vector, in double, and the way back.
+INLINE Doubles widen(const Floats &from, int part) {
+    float some __attribute__((vector_size(32)));
+    memcpy(&some, (const float *)&from + 8 * part, sizeof some);
+    return __builtin_convertvector(some, Doubles);
+}
+INLINE Doubles widen(const Doubles &from, int) { return from; }
+INLINE void narrow(Doubles from, int part, Floats *to) {
+    float some __attribute__((vector_size(32))) = __builtin_convertvector(from, decltype(some));
+    memcpy((float *)to + 8 * part, &some, sizeof some);
+}
+INLINE void narrow(Doubles from, int, Doubles *to) { *to = from; }
+
+// Where eight lanes are, and their next step: solvers/embedded.py, whose names and numbers these are.
+struct Travel {
+    Doubles a, b, c, d, t_dst, t, step, t_src;
+    Doubles v_dst, v_to, to, keep, late, known, nodes[MOST_KNOWN], moments[MOST_KNOWN + 1];
+    Longs moves;
+
+    static constexpr double SAFETY = 0.8, SHRINK = 0.2, GROW = 1.5, LONGEST = 0.28, CORRECTION = 0.3, LATE = 0.5, EARLY = 0.07;
+
+    static Doubles apart(Doubles v, Doubles u) { return (v - u) / (1 - v * u / 4); }
+    Doubles v_of(Doubles t) const { return (a + b * t) / (c + d * t); }
+    Doubles t_of(Doubles v) const { return (c * v - a) / (b - d * v); }
+
+    void measure(int order) {
+        static const double at[4] = {0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262};
+        static const double weight[4] = {0.17392742256872684, 0.32607257743127316, 0.32607257743127316, 0.17392742256872684};
+        Doubles v[4], product[4];
+        keep = to / t;
+        moments[0] = 1 - keep;
+        UNROLL
+        for (int g = 0; g < 4; g++) {
+            const Doubles below = at[g] * t + (1 - at[g]) * to, above = t * to;  // of the time there
+            v[g] = (a * below + b * above) / (c * below + d * above);
+            product[g] = weight[g] * moments[0];
+        }
+        for (int j = 0; j < order; j++) {
+            UNROLL
+            for (int g = 0; g < 4; g++) product[g] *= v[g] - nodes[j];
+            moments[j + 1] = (product[0] + product[1]) + (product[2] + product[3]);
+        }
+    }
+
+    // The j-th moment where so many are known, and 0 elsewhere.
+    Doubles term(int j, Doubles count) const { return count == all<Doubles>(j) ? moments[j] : Doubles{}; }
+
+    // By what a step is to be multiplied for the error to become `tol`, from the squares of both.
+    static Doubles factor(double tol, Doubles error, Doubles order, double most) {
+        const Doubles q = larger(smaller(tol / error, all<Doubles>(1e30)), all<Doubles>(1e-30));
+        return larger(smaller(SAFETY * root(q, 2 * order), all<Doubles>(most)), all<Doubles>(SHRINK));
+    }
+};
 
 template <class V, bool OWN> struct Block {
     typedef typename Of<V>::S S;
@@ -195,18 +285,19 @@ template <class V, bool OWN> struct Block {
     const int K, C, Kp, H;
     std::vector<V> memory;
     V *mu, *mu_c, *square, *weight, *e, *p, *own, *rho, *own_log, *mean, *centre, *x_src, *x, *base, *eta, *eta_c, *d;
-    V *bar_mu, *bar_weight, *bar_variance, *bar_x_src, *bar_x, *bar_base, *bar_d, *bar_eta, *visited, *u, *z;
+    V *bar_mu, *bar_weight, *bar_variance, *bar_x_src, *bar_x, *bar_base, *bar_d, *bar_eta, *visited, *u, *z, *fresh;
     V variance, width, bound, rho_all;
     int64_t index[W];     // the factor in each lane; lanes past the end repeat the last one
     int lanes;            // how many are real
     bool by_lane;         // whether lanes differ in time
     int64_t time;         // the row of times, or that of lane 0
 
-    Block(const Job &job, bool backward)
+    Block(const Job &job, Kind kind)
         : job(job), K(job.components), C(job.channels), Kp((K + 3) / 4 * 4), H(job.history) {
         size_t kc = (size_t)Kp * C;
         size_t size = 2 * kc + 7 * Kp + (8 + H) * C;
-        if (backward) size += kc + 4 * Kp + (4 + H) * C + (size_t)job.rows * C;
+        if (kind == ADAPTIVE) size += (1 + H) * C;
+        if (kind == BACKWARD) size += kc + 4 * Kp + (4 + H) * C + (size_t)job.rows * C;
         memory.assign(size + 1, V{});
         V *next = memory.data();
         next = (V *)(((uintptr_t)next + 63) & ~(uintptr_t)63);
@@ -215,7 +306,8 @@ template <class V, bool OWN> struct Block {
         square = take(Kp); weight = take(Kp); e = take(Kp); p = take(Kp); own = take(Kp); rho = take(Kp); own_log = take(Kp);
         mean = take(C); centre = take(C); x_src = take(C); x = take(C); base = take(C); eta = take(C); eta_c = take(C);
         d = take((size_t)H * C); take(C);
-        if (backward) {
+        if (kind == ADAPTIVE) fresh = take((1 + H) * C);
+        if (kind == BACKWARD) {
             bar_mu = take(kc); bar_weight = take(Kp); bar_variance = take(Kp); u = take(Kp); z = take(Kp);
             bar_x_src = take(C); bar_x = take(C); bar_base = take(C); bar_eta = take(C); bar_d = take((size_t)H * C);
             visited = take((size_t)job.rows * C);
@@ -379,9 +471,12 @@ template <class V, bool OWN> struct Block {
         for (; c < b.C; c++) weighted<1, 4>(b, weights, c, sums);
     }
 
-    // D at X into `to`. Leaves η', e, and the normalised p.
     void evaluate(const V *state, int64_t row, V *to) {
-        const V lambda = number(row, 0), alpha = number(row, 1), beta = number(row, 2);
+        evaluate(state, number(row, 0), number(row, 1), number(row, 2), to);
+    }
+
+    // D at X into `to`. Leaves η', e, and the normalised p.
+    void evaluate(const V *state, const V lambda, const V alpha, const V beta, V *to) {
         V length = {};
         for (int c = 0; c < C; c++) {
             eta[c] = alpha * state[c] + beta * x_src[c];
@@ -601,12 +696,172 @@ template <class V, bool OWN> struct Block {
         write(job.x_bar, C, C, bar_x);
     }
 
+    // λ, α, β at the lanes' times, as in programme.py, and D at X into `to`.
+    void evaluate_at(const Doubles *times, const Travel *travel, const V *state, V *to) {
+        V lambda, alpha, beta;
+        for (int h = 0; h < W / 8; h++) {
+            const Doubles source = travel[h].t_src, t = smaller(times[h], source);
+            const Doubles share = (source - t) / (t * source * (t * source)), seen = (1 - t) / (t * t);
+            narrow(share * (source + t - 2 * t * source), h, &lambda);
+            narrow(seen, h, &alpha);
+            narrow(share * (source + t - t * source) - seen, h, &beta);
+        }
+        evaluate(state, lambda, alpha, beta, to);
+    }
+
+    V mean_square(const V *values) const {
+        V sum = {};
+        for (int c = 0; c < C; c++) sum += values[c] * values[c];
+        return sum * (S)(1.0 / C);
+    }
+
+    void report(int h, Longs failed, int32_t stage, Doubles t) {
+        if (!any(failed)) return;
+        for (int i = 0; i < 8; i++)
+            if (failed[i]) {
+                job.stage[index[8 * h + i]] = stage;
+                job.failed_at[index[8 * h + i]] = t[i];
+            }
+    }
+
+    void arrive(int h, Longs done, int32_t evaluations) {
+        if (!any(done)) return;
+        for (int i = 0; i < 8; i++)
+            if (done[i]) {
+                const int lane = 8 * h + i;
+                job.evaluations[index[lane]] = evaluations;
+                for (int c = 0; c < C; c++) ((S *)job.out)[index[lane] * C + c] = x[c][lane];
+            }
+    }
+
+    // Rounds of one evaluation for every lane that has not arrived; the others stand still, at a step of no length.
+    void adaptive() {
+        Travel travel[W / 8];
+        Doubles times[W / 8];
+        load();
+        for (int h = 0; h < W / 8; h++) {
+            Travel &l = travel[h];
+            Doubles *numbers[8] = {&l.a, &l.b, &l.c, &l.d, &l.t_dst, &l.t, &l.step, &l.t_src};
+            for (int n = 0; n < 8; n++)
+                for (int i = 0; i < 8; i++) (*numbers[n])[i] = job.travels[n * job.factors + index[8 * h + i]];
+            Longs there = {};
+            for (int i = 0; i < 8; i++) there[i] = 8 * h + i < lanes ? -1 : 0;
+            l.moves = (Longs)(l.t_dst < l.t) & there;
+            l.v_dst = l.v_of(l.t_dst);
+            l.known = all<Doubles>(1);
+            for (int j = 0; j < H; j++) l.nodes[j] = Doubles{};
+            l.nodes[0] = l.v_of(l.t);
+            times[h] = l.t;
+            arrive(h, there & ~l.moves, 0);
+        }
+        evaluate_at(times, travel, x, d);
+        for (int32_t evaluations = 1; predict(travel, evaluations); evaluations++) correct(travel, evaluations);
+    }
+
+    // The states at the ends of the steps; whether a lane has not arrived.
+    bool predict(Travel *travel, int32_t evaluations) {
+        const double tol = job.tol * job.tol;
+        V square[MOST_KNOWN], moment[MOST_KNOWN], keep;
+        Longs done[W / 8];
+        bool more = false;
+        for (int j = 0; j < H; j++) square[j] = mean_square(d + j * C);
+        for (int h = 0; h < W / 8; h++) {
+            Travel &l = travel[h];
+            const Doubles v = l.nodes[0], rest = Travel::apart(v, l.v_dst), before = l.step;
+            const Longs several = (Longs)(l.known > 1), lands = (Longs)(l.step > 0.99 * rest);
+            l.v_to = Travel::apart(v, l.step);
+            l.to = l.moves ? (lands ? l.t_dst : l.t_of(l.v_to)) : l.t;
+            l.late = Travel::LATE / (l.t + Travel::EARLY);
+            l.measure(H);
+            Doubles foreseen = {};
+            for (int j = 0; j < H; j++) {
+                const Doubles m = l.term(j, l.known - 1) * l.late;
+                foreseen += m != 0 ? m * m * widen(square[j], h) : Doubles{};
+            }
+            const Longs failed = l.moves & ~(Longs)(foreseen < INFINITY);
+            report(h, failed, 3 * evaluations, l.t);
+            l.moves &= ~failed;
+            done[h] = l.moves & lands & several & (Longs)(foreseen <= tol);
+            const Longs shorter = l.moves & several & (Longs)(foreseen > tol);
+            if (any(shorter)) {
+                const Doubles shrunk = smaller(l.step, rest) * Travel::factor(tol, foreseen, l.known, 0.9);
+                l.step = shorter ? shrunk : l.step;
+            }
+            l.step = smaller(l.step, rest * (several ? all<Doubles>(0.9) : all<Doubles>(0.5)));
+            l.moves &= ~done[h];
+            if (evaluations >= job.most) {
+                report(h, l.moves, 3 * evaluations + 1, l.t);
+                l.moves = Longs{};
+            }
+            if (any(l.moves & (lands | (Longs)(l.step != before)))) {
+                l.v_to = Travel::apart(v, l.step);
+                l.to = l.moves ? l.t_of(l.v_to) : l.to;
+                l.measure(H);
+            }
+            more |= any(l.moves);
+            narrow(l.keep, h, &keep);
+            for (int j = 0; j < H; j++) narrow(l.known > all<Doubles>(j) ? l.moments[j] : Doubles{}, h, &moment[j]);
+        }
+        for (int c = 0; c < C; c++) {
+            V sum = keep * base[c];
+            for (int j = 0; j < H; j++) sum += moment[j] * d[j * C + c];
+            x[c] = sum;
+        }
+        for (int h = 0; h < W / 8; h++) arrive(h, done[h], evaluations);
+        return more;
+    }
+
+    // The evaluation there, and what the steps become by it.
+    void correct(Travel *travel, int32_t evaluations) {
+        const double tol = job.tol * job.tol;
+        V across[MOST_KNOWN], last[MOST_KNOWN], *correction = eta, taken;
+        Doubles times[W / 8];
+        for (int h = 0; h < W / 8; h++) times[h] = travel[h].moves ? travel[h].to : travel[h].t;
+        evaluate_at(times, travel, x, fresh);
+        for (int j = 0; j < H; j++) {
+            for (int h = 0; h < W / 8; h++) {
+                const Travel &l = travel[h];
+                const Doubles gap = l.v_to - l.nodes[j];
+                narrow(l.known > all<Doubles>(j) ? (gap == 0 ? all<Doubles>(1) : gap) : all<Doubles>(INFINITY), h, &across[j]);
+                narrow(l.term(j + 1, l.known), h, &last[j]);
+            }
+            across[j] = 1 / across[j];
+        }
+        for (int c = 0; c < C; c++) {
+            V newest = fresh[c], sum = {};
+            for (int j = 0; j < H; j++) {
+                newest = (newest - d[j * C + c]) * across[j];
+                sum += last[j] * newest;
+                fresh[(j + 1) * C + c] = newest;
+            }
+            correction[c] = sum;
+        }
+        const V square = mean_square(correction);
+        for (int h = 0; h < W / 8; h++) {
+            Travel &l = travel[h];
+            const Doubles size = Travel::CORRECTION * l.late, error = size * size * widen(square, h);
+            const Longs failed = l.moves & ~(Longs)(error < INFINITY);
+            report(h, failed, 3 * evaluations + 2, l.t);
+            l.moves &= ~failed;
+            const Longs good = l.moves & (Longs)(error <= tol);
+            l.step *= Travel::factor(tol, error, l.known + 1, Travel::GROW);
+            l.step = smaller(l.step, all<Doubles>(Travel::LONGEST));
+            l.t = good ? l.to : l.t;
+            for (int j = H; j-- > 1;) l.nodes[j] = good ? l.nodes[j - 1] : l.nodes[j];
+            l.nodes[0] = good ? l.v_to : l.nodes[0];
+            l.known = good ? smaller(l.known + 1, all<Doubles>(H)) : l.known;
+            narrow(good ? all<Doubles>(1) : Doubles{}, h, &taken);
+        }
+        for (int c = 0; c < C; c++) base[c] = taken != 0 ? x[c] + correction[c] : base[c];
+        for (int n = 0; n < H * C; n++) d[n] = taken != 0 ? fresh[n] : d[n];
+    }
+
     void place(int64_t first, int64_t end) {
         lanes = end - first < W ? end - first : W;
         for (int i = 0; i < W; i++) index[i] = first + (i < lanes ? i : lanes - 1);
     }
 
-    void run(std::atomic<int64_t> &next, bool backward) {
+    void run(std::atomic<int64_t> &next, Kind kind) {
         const int64_t per_time = job.times > 1 ? job.factors_per_time : job.factors;
         by_lane = job.times > 1 && per_time == 1;
         const int64_t span = by_lane ? job.factors : per_time, blocks = (span + W - 1) / W;
@@ -615,19 +870,20 @@ template <class V, bool OWN> struct Block {
             const int64_t group = n / blocks, start = group * span + n % blocks * W;
             place(start, (group + 1) * span);
             time = by_lane ? start : job.times > 1 ? group : 0;
-            if (backward) this->backward();
-            else forward();
+            if (kind == FORWARD) forward();
+            else if (kind == BACKWARD) backward();
+            else adaptive();
         }
     }
 };
 
-template <class V, bool OWN> static void work(const Job &job, std::atomic<int64_t> &next, bool backward) {
-    Block<V, OWN>(job, backward).run(next, backward);
+template <class V, bool OWN> static void work(const Job &job, std::atomic<int64_t> &next, Kind kind) {
+    Block<V, OWN>(job, kind).run(next, kind);
 }
 
-template <class V> static void execute(const Job &job, bool backward) {
+template <class V> static void execute(const Job &job, Kind kind) {
     std::atomic<int64_t> next(0);
-    auto one = [&] { job.own_variance ? work<V, true>(job, next, backward) : work<V, false>(job, next, backward); };
+    auto one = [&] { job.own_variance ? work<V, true>(job, next, kind) : work<V, false>(job, next, kind); };
     if (job.threads == 1) return one();
 #ifdef _OPENMP
     // PyTorch's own threads, where it runs on the same OpenMP: those spin for a while after its operations, and others
@@ -642,5 +898,5 @@ template <class V> static void execute(const Job &job, bool backward) {
 #endif
 }
 
-extern "C" void gm_float(const Job *job, int backward) { execute<Floats>(*job, backward); }
-extern "C" void gm_double(const Job *job, int backward) { execute<Doubles>(*job, backward); }
+extern "C" void gm_float(const Job *job, int kind) { execute<Floats>(*job, (Kind)kind); }
+extern "C" void gm_double(const Job *job, int kind) { execute<Doubles>(*job, (Kind)kind); }

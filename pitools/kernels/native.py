@@ -29,16 +29,23 @@ EXTRAS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), 
 DAY = 86400.0
 
 SIZES = ["factors", "components", "channels", "rows", "history", "times", "stops", "factors_per_time", "numbers"]
-SIZES += ["own_variance", "threads"]
+SIZES += ["own_variance", "threads", "most"]
 STRIDES = ["means_n", "means_k", "means_c", "weights_n", "weights_k", "variance_n", "variance_k"]
 POINTERS = ["means", "log_weights", "variance", "x_src", "x", "coefficients", "commits", "stop_rows", "out", "out_bar"]
 POINTERS += ["means_bar", "log_weights_bar", "variance_bar", "x_src_bar", "x_bar"]
+POINTERS += ["travels", "evaluations", "stage", "failed_at"]
+
+FORWARD, BACKWARD, ADAPTIVE = 0, 1, 2
 
 
 class Job(ctypes.Structure):
     """native.cpp's `Job`."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in SIZES + STRIDES] + [(name, ctypes.c_void_p) for name in POINTERS]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in SIZES + STRIDES),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("tol", ctypes.c_double),
+    ]
 
 
 @cache
@@ -108,15 +115,15 @@ def _compile(compiler: list[str], built: Path) -> None:
         fresh.replace(built)  # at once, so that another process finds it whole or not at all
 
 
-def call(job: Job, dtype: torch.dtype, backward: bool) -> None:
-    """Run a job whose tensors are of `dtype`."""
+def call(job: Job, dtype: torch.dtype, kind: int) -> None:
+    """Run a job whose tensors are of `dtype`: FORWARD, BACKWARD or ADAPTIVE."""
     loaded = library()
     assert not isinstance(loaded, str)
     function = loaded.gm_float if dtype == torch.float32 else loaded.gm_double
-    function(ctypes.byref(job), int(backward))
+    function(ctypes.byref(job), kind)
 
 
-def fill(job: Job, **values: int | Tensor | None) -> Job:
+def fill(job: Job, **values: float | Tensor | None) -> Job:
     """Set the fields of those names: sizes, and tensors by address. The caller keeps the tensors alive."""
     for name, value in values.items():
         setattr(job, name, value.data_ptr() if isinstance(value, Tensor) else value)
