@@ -9,6 +9,8 @@ import torch
 from mixtures import rand, randn, random
 from torch import Tensor
 
+from pitools.kernels.programme import Arguments
+
 
 @dataclass(frozen=True)
 class Run:
@@ -26,8 +28,8 @@ class Run:
     history: int
 
     @property
-    def arguments(self) -> tuple[Tensor | int, ...]:
-        return tuple(vars(self).values())[:-1]
+    def arguments(self) -> Arguments:
+        return Arguments._make(tuple(vars(self).values())[:-1])
 
     def to(self, where: torch.dtype | torch.device | str) -> Run:
         """A copy, on another device or with numbers of another dtype; the means keep their strides."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from pitools.kernels.programme import COMBINE, STATE
+from pitools.kernels.programme import COMBINE, STATE, Arguments
 
 CHUNK = 2**19
 """Numbers of a table that one thread's cache holds, next to a product of a part of its size."""
@@ -53,65 +53,41 @@ class Rollout(torch.autograd.Function):
     def forward(ctx: FunctionCtx, *arguments: Any) -> Tensor:
         ctx.save_for_backward(*arguments[:-1])
         ctx.factors = arguments[-1]  # type: ignore[attr-defined]
-        return rollout(*arguments)
+        return rollout(Arguments._make(arguments))
 
     @staticmethod
     def backward(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
-        return (*gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
+        return (*gradients(out_bar, Arguments._make((*ctx.saved_tensors, ctx.factors))), None, None, None, None)
 
 
 @torch.no_grad()
-def rollout(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: Tensor,
-    stops: Tensor,
-    factors: int,
-) -> Tensor:
-    """The states `[M, N, C]` at the stops.
-
-    means: `[N, K, C]`.  log_weights: `[N, K]`.  variance: `[N, 1]` or `[N, K]`.  x_src, x: `[N, C]`.
-    coefficients: `[R, F, T]`, `programme.numbers`.  commits: `[R]`.  stops: `[M, T]`.  factors: those of a sample.
-    """
-    count, components, channels = means.shape
-    out = x.new_empty(len(stops), count, channels)
+def rollout(given: Arguments) -> Tensor:
+    """The states `[M, N, C]` at the stops."""
+    count, components, channels = given.means.shape
+    out = given.x.new_empty(len(given.stops), count, channels)
     most = max(256, torch.get_num_threads() * CHUNK // (components * (channels + 2)))
     size = -(-count // max(1, -(-count // most)))  # of one size, as a small chunk costs as many calls
-    sample = torch.arange(count, device=x.device) // factors
+    sample = torch.arange(count, device=given.x.device) // given.factors
     for start in range(0, count, max(1, size)):
         part = slice(start, start + size)
-        own = sample[part] if coefficients.shape[2] > 1 else slice(None)
-        _roll(
-            means[part],
-            log_weights[part],
-            variance[part],
-            x_src[part],
-            x[part],
-            coefficients[:, :, own],
-            commits.tolist(),
-            stops[:, own],
-            out[:, part],
+        own = sample[part] if given.coefficients.shape[2] > 1 else slice(None)
+        chunk = given._replace(
+            means=given.means[part],
+            log_weights=given.log_weights[part],
+            variance=given.variance[part],
+            x_src=given.x_src[part],
+            x=given.x[part],
+            coefficients=given.coefficients[:, :, own],
+            stops=given.stops[:, own],
         )
+        _roll(chunk, out[:, part])
     return out
 
 
-def _roll(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: list[int],
-    stops: Tensor,
-    out: Tensor,
-) -> None:
-    """One chunk, into `out` `[M, n, C]`; each factor has its column of `coefficients` and `stops`, or all have one."""
-    (count, components, channels), history = means.shape, _history(coefficients)
+def _roll(given: Arguments, out: Tensor) -> None:
+    """One chunk, into `out` `[M, n, C]`; each factor has its column of coefficients and stops, or all have one."""
+    means, log_weights, variance, x_src, x, coefficients, _, stops, _ = given
+    (count, components, channels), history, commits = means.shape, given.history, given.commits.tolist()
     own, done = variance.shape[1] > 1, 0
     stop_rows = set(stops.unique().tolist())
 
@@ -122,7 +98,7 @@ def _roll(
     put(0, x)
     variance = variance[:1] if variance.stride(0) == 0 else variance  # one for all: what follows from it is small, too
     if not own and components + 4 < 2 * channels and coefficients.shape[1] == EULER and len(commits) >= SETUP:
-        for done, reached in _in_span(means, log_weights, variance, x_src, x, coefficients, stop_rows):
+        for done, reached in _in_span(given._replace(variance=variance), stop_rows):
             put(done, reached)
             x = reached
     if done == len(commits):
@@ -197,17 +173,10 @@ def _roll(
         put(r + 1, x.T)
 
 
-def _in_span(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    stop_rows: set[int],
-) -> Iterator[tuple[int, Tensor]]:
+def _in_span(given: Arguments, stop_rows: set[int]) -> Iterator[tuple[int, Tensor]]:
     """How many Euler steps have been taken, and the state `[n, C]` then: at each stop, and before rows that are too few
-    for a table. The tensors are those of `_roll`."""
+    for a table."""
+    means, log_weights, variance, x_src, x, coefficients, *_ = given
     count, components, channels = means.shape
     log_weights, variance, rows = log_weights.T.contiguous(), variance.T, len(coefficients)
     precision, alpha, beta, keep, add = coefficients.unsqueeze(2).unbind(1)  # each [R, 1, n or 1]
@@ -215,7 +184,7 @@ def _in_span(
     seen, zero = rho * alpha, torch.zeros_like(rho)
     kept, added = keep + add * variance * seen, add * rho
     # What a row adds to e, f, g; and what stands before the last four of the table where these are 0.
-    given = torch.cat([zero, added * variance * beta, added], 1)
+    gained = torch.cat([zero, added * variance * beta, added], 1)
     before = torch.cat([zero, rho * beta, -rho * precision, -rho * precision / 2], 1)
     multiplier, state = x.new_empty(2, components + 4, count)
     weights, scalars = state[:components], state[components:-1]
@@ -245,7 +214,7 @@ def _in_span(
             _weigh(logits, greatest, p)
             state.mul_(kept[done])
             weights.addcmul_(p, added[done])
-            scalars.add_(given[done])
+            scalars.add_(gained[done])
             done += 1
             if done in stop_rows:
                 yield done, (made_of.mT @ state[:-1].T.unsqueeze(2)).squeeze(2)
@@ -275,20 +244,11 @@ class _Sum:
         torch.sum(self.room, self.dim, out=out)
 
 
-def reference(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: Tensor,
-    stops: Tensor,
-    factors: int,
-) -> Tensor:
-    """`rollout`, differentiable in its first five arguments."""
+def reference(given: Arguments) -> Tensor:
+    """`rollout`, differentiable in the first five of its arguments."""
+    means, log_weights, variance, x_src, x, coefficients, commits, stops, factors = given
     own = torch.arange(len(x), device=x.device) // factors * (coefficients.shape[2] > 1)
-    channels, history = x.shape[1], _history(coefficients)
+    channels, history = x.shape[1], given.history
     mean, width = _widest(means.detach(), variance.detach())
     base, seen = x, [torch.zeros_like(x)] * history
     visited = [x] * len(stops)
@@ -315,16 +275,16 @@ def reference(
     return torch.stack(visited)
 
 
-def gradients(out_bar: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+def gradients(out_bar: Tensor, given: Arguments) -> tuple[Tensor | None, ...]:
     """The derivatives of `out_bar`·`reference` for the first five of its arguments, None where none is asked for.
 
     In grad mode they have derivatives themselves.
     """
     again = torch.is_grad_enabled()
-    inputs = [value if again else value.detach().requires_grad_(value.requires_grad) for value in arguments[:5]]
+    inputs = [value if again else value.detach().requires_grad_(value.requires_grad) for value in given[:5]]
     wanted = [value for value in inputs if value.requires_grad]
     with torch.enable_grad():
-        out = reference(*inputs, *arguments[5:])
+        out = reference(Arguments._make((*inputs, *given[5:])))
         found = iter(torch.autograd.grad(out, wanted, out_bar, create_graph=again, materialize_grads=True))
     return tuple(next(found) if value.requires_grad else None for value in inputs)
 
@@ -345,8 +305,3 @@ def _widest(means: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     mean = means.mean(1)
     spread = (means - mean.unsqueeze(1)).square().sum(-1).amax(-1, keepdim=True) / means.shape[-1]
     return mean, spread + variance.amax(-1, keepdim=True)
-
-
-def _history(coefficients: Tensor) -> int:
-    """H, of rows of 3 + (1 + H) numbers, or 3 + 2 (1 + H) with a commit; H is 1 or 4."""
-    return {5: 1, 7: 1, 8: 4, 13: 4}[coefficients.shape[1]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pitools.kernels import eager
 from pitools.kernels.native import ADAPTIVE, BACKWARD, FORWARD, Job, call, fill
-from pitools.kernels.programme import Programme, numbers, velocity_rows
+from pitools.kernels.programme import Arguments, Programme, numbers, velocity_rows
 from pitools.mixture import GaussianMixture
 from pitools.policies import GMPolicy
 from pitools.solvers import Arrival, Clock, PerFactor
@@ -130,38 +130,27 @@ class Native(torch.autograd.Function):
     """means `[N, K, C]`, log_weights `[N, K]`, variance `[N, 1 or K]`, x_src, x `[N, C]` to states `[M, N, C]`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        means: Tensor,
-        log_weights: Tensor,
-        variance: Tensor,
-        x_src: Tensor,
-        x: Tensor,
-        coefficients: Tensor,
-        commits: Tensor,
-        stops: Tensor,
-        factors: int,
-    ) -> Tensor:
-        ctx.save_for_backward(means, log_weights, variance, x_src, x, coefficients, commits, stops)
-        ctx.factors = factors
-        out = x.new_empty(len(stops), *x.shape)
-        job = _follow(means, log_weights, variance, x_src, x, coefficients, commits, stops, factors)
-        call(fill(job, out=out), x.dtype, FORWARD)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        given = Arguments._make(arguments)
+        ctx.save_for_backward(*given[:-1])
+        ctx.factors = given.factors
+        out = given.x.new_empty(len(given.stops), *given.x.shape)
+        call(fill(_follow(given), out=out), out.dtype, FORWARD)
         return out
 
     @staticmethod
     def backward(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
+        given = Arguments._make((*ctx.saved_tensors, ctx.factors))
         if torch.is_grad_enabled():  # the gradient is to be differentiated itself
-            return (*eager.gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
-        means, log_weights, variance, x_src, x, coefficients, commits, stops = ctx.saved_tensors
-        out_bar = out_bar.contiguous()
-        count, components, channels = means.shape
+            return (*eager.gradients(out_bar, given), None, None, None, None)
+        out_bar, x, variance = out_bar.contiguous(), given.x, given.variance
+        count, components, channels = given.means.shape
         means_bar = x.new_empty(count, channels, components) if ctx.needs_input_grad[0] else None
         weights_bar, variance_bar = x.new_empty(count, components), x.new_empty(count, components)
         x_src_bar, x_bar = torch.empty_like(x), torch.empty_like(x)
-        job = _follow(means, log_weights, variance, x_src, x, coefficients, commits, stops, ctx.factors)
-        fill(job, out_bar=out_bar, means_bar=means_bar, log_weights_bar=weights_bar, variance_bar=variance_bar)
-        call(fill(job, x_src_bar=x_src_bar, x_bar=x_bar), x.dtype, BACKWARD)
+        job = fill(_follow(given), out_bar=out_bar, means_bar=means_bar, log_weights_bar=weights_bar)
+        fill(job, variance_bar=variance_bar, x_src_bar=x_src_bar, x_bar=x_bar)
+        call(job, x.dtype, BACKWARD)
         if variance.shape[1] == 1:
             variance_bar = variance_bar.sum(1, keepdim=True)
         return (
@@ -186,47 +175,32 @@ class OnGPU(torch.autograd.Function):
 
         ctx.save_for_backward(*arguments[:-1])
         ctx.factors = arguments[-1]
-        return triton_gm.forward(*_contiguous(arguments))
+        return triton_gm.forward(Arguments._make(arguments))
 
     @staticmethod
     def backward(ctx: Any, out_bar: Tensor) -> tuple[Tensor | None, ...]:
         from pitools.kernels import triton_gm
 
+        given = Arguments._make((*ctx.saved_tensors, ctx.factors))
         if torch.is_grad_enabled():
-            return (*eager.gradients(out_bar, *ctx.saved_tensors, ctx.factors), None, None, None, None)
-        arguments = [*_contiguous((*ctx.saved_tensors, ctx.factors)), out_bar.contiguous()]
-        return (*triton_gm.backward(*arguments), None, None, None, None)
+            return (*eager.gradients(out_bar, given), None, None, None, None)
+        return (*triton_gm.backward(given, out_bar), None, None, None, None)
 
 
-def _contiguous(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments, with all that follow the mixture's own contiguous."""
-    return (*arguments[:3], *(value.contiguous() for value in arguments[3:-1]), arguments[-1])
-
-
-def _follow(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: Tensor,
-    stops: Tensor,
-    factors: int,
-) -> Job:
+def _follow(given: Arguments) -> Job:
     """The job of a programme."""
-    rows, per_row, times = coefficients.shape
+    rows, per_row, times = given.coefficients.shape
     return fill(
-        _job(means, log_weights, variance, x_src, x, rows),
+        _job(*given[:5], rows),
         rows=rows,
-        history=1 if per_row == 5 else 4,
+        history=given.history,
         times=times,
-        stops=len(stops),
-        factors_per_time=factors,
+        stops=len(given.stops),
+        factors_per_time=given.factors,
         numbers=per_row,
-        coefficients=coefficients,
-        commits=commits,
-        stop_rows=stops,
+        coefficients=given.coefficients,
+        commits=given.commits,
+        stop_rows=given.stops,
     )
 
 

@@ -14,6 +14,7 @@ row, too: a = 1/t, b_0 = -1/t. Times are `[T]`, where T is 1 or, if samples diff
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,38 @@ class Programme:
     def history(self) -> int:
         """H: how many D's a row looks at, its own included."""
         return self.move.shape[1] - 1
+
+
+class Arguments(NamedTuple):
+    """What a kernel is given: the programme of N factors.
+
+    means: `[N, K, C]`, of any strides.  log_weights: `[N, K]`.  variance: `[N, 1]` or `[N, K]`.  x_src, x: `[N, C]`.
+    coefficients: `[R, F, T]`, of `numbers`.  commits: `[R]`, stops: `[M, T]`, int32.  factors: those of a time.
+    All floating numbers are float32, or float64.
+    """
+
+    means: Tensor
+    log_weights: Tensor
+    variance: Tensor
+    x_src: Tensor
+    x: Tensor
+    coefficients: Tensor
+    commits: Tensor
+    stops: Tensor
+    factors: int
+
+    @property
+    def history(self) -> int:
+        """H, of rows of 3 + (1 + H) numbers, or 3 + 2 (1 + H) with a commit; H is 1 or 4.
+
+        Raises `ValueError` for another F.
+        """
+        kinds = {5: 1, 7: 1, 8: 4, 13: 4}
+        if self.coefficients.shape[1] not in kinds:
+            raise ValueError(
+                f"coefficients must be [R, F, T] with F of 5, 7, 8 or 13, got {tuple(self.coefficients.shape)}"
+            )
+        return kinds[self.coefficients.shape[1]]
 
 
 def rows_of(method: RungeKutta, times: Tensor, stops: Tensor) -> Programme:

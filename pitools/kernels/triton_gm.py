@@ -35,6 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pitools.kernels.programme import Arguments
+
 BYTES = 256
 """Of a factor's means and states, K + `STATES` times C numbers, that a thread holds: what fits into 255 registers
 with the gradients."""
@@ -45,79 +47,40 @@ _RUN_TIME = ["count", "rows", "times", "stop_count", "factors_per_time", "means_
 _RUN_TIME += ["weights_n", "weights_k", "variance_n", "variance_k", "state_c"]
 
 
-def forward(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: Tensor,
-    stops: Tensor,
-    factors_per_time: int,
-) -> Tensor:
-    """The states `[M, N, C]` at the stops.
-
-    means: `[N, K, C]`, of any strides, float32 or float64.  log_weights: `[N, K]`.  variance: `[N, 1]` or `[N, K]`.
-    x_src, x: `[N, C]`, contiguous.  coefficients: `[R, F, T]`: λ, α, β, a, b_0, ..., b_{H-1}, and, where rows
-    combine, a', b'_0, ...; H is 1 or 4.  commits: `[R]`, stops: `[M, T]`, int32.  T is 1, or factor n belongs to
-    time n // factors_per_time.  Raises `ValueError` for an F that is none of 5, 7, 8, 13.
-    """
-    out = x.new_empty(len(stops), *x.shape)
+def forward(given: Arguments) -> Tensor:
+    """The states `[M, N, C]` at the stops."""
+    out = given.x.new_empty(len(given.stops), *given.x.shape)
     if out.numel():
-        given = (means, log_weights, variance, x_src, x, coefficients, commits, stops)
-        grid, shapes = _shapes(*given, factors_per_time)
-        with _on(x):
-            _forward[grid](*given, out, **shapes)
+        tensors, grid, shapes = _launch(given)
+        with _on(out):
+            _forward[grid](*tensors, out, **shapes)
     return out
 
 
-def backward(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: Tensor,
-    stops: Tensor,
-    factors_per_time: int,
-    grad_out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(given: Arguments, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of means, log_weights, variance, x_src and x, given that of the states, `[M, N, C]`.
 
-    The other arguments and the errors are those of `forward`. The gradient of the means has K innermost in memory.
+    The gradient of the means has K innermost in memory.
     """
-    count, components, channels = means.shape
-    d_means = means.new_empty(count, channels, components).mT
-    d_log_weights, d_variance = means.new_empty(log_weights.shape), means.new_empty(variance.shape)
-    d_x_src, d_x = torch.empty_like(x), torch.empty_like(x)
+    (count, components, channels), x = given.means.shape, given.x
+    d_means = x.new_empty(count, channels, components).mT
+    d_log_weights, d_variance = x.new_empty(given.log_weights.shape), x.new_empty(given.variance.shape)
+    d_x_src, d_x = x.new_empty(x.shape), x.new_empty(x.shape)
+    grads = (d_means, d_log_weights, d_variance, d_x_src, d_x)
     if x.numel():
-        given = (means, log_weights, variance, x_src, x, coefficients, commits, stops)
-        grid, shapes = _shapes(*given, factors_per_time)
-        states = x.new_empty(len(commits), *x.shape)
-        grads = (d_means, d_log_weights, d_variance, d_x_src, d_x)
+        tensors, grid, shapes = _launch(given)
+        states = x.new_empty(len(given.commits), *x.shape)
         with _on(x):
-            _backward[grid](*given, grad_out.contiguous(), states, *grads, **shapes)
-    return d_means, d_log_weights, d_variance, d_x_src, d_x
+            _backward[grid](*tensors, grad_out.contiguous(), states, *grads, **shapes)
+    return grads
 
 
-def _shapes(
-    means: Tensor,
-    log_weights: Tensor,
-    variance: Tensor,
-    x_src: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    commits: Tensor,
-    stops: Tensor,
-    factors_per_time: int,
-) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the arguments by name that both kernels take."""
+def _launch(given: Arguments) -> tuple[tuple[Tensor, ...], tuple[int], dict[str, Any]]:
+    """The tensors, those after the mixture's own contiguous; the grid; and the arguments by name of both kernels."""
+    means, log_weights, variance = given[:3]
+    x_src, x, coefficients, commits, stops = (value.contiguous() for value in given[3:8])
     count, components, channels = means.shape
     rows, per_row, times = coefficients.shape
-    if per_row not in (5, 7, 8, 13):
-        raise ValueError(f"coefficients must be [R, F, T] with F of 5, 7, 8 or 13, got {tuple(coefficients.shape)}")
     block_k, block_c = triton.next_power_of_2(components), triton.next_power_of_2(channels)
     threads = triton.next_power_of_2(triton.cdiv((block_k + STATES) * block_c * x.element_size(), BYTES))
     block = max(32 // threads, 1)
@@ -127,7 +90,7 @@ def _shapes(
         "rows": rows,
         "times": times,
         "stop_count": len(stops),
-        "factors_per_time": factors_per_time if times > 1 else count,
+        "factors_per_time": given.factors if times > 1 else count,
         **{f"means_{axis}": stride for axis, stride in zip("nkc", means.stride(), strict=True)},
         **{f"weights_{axis}": stride for axis, stride in zip("nk", log_weights.stride(), strict=True)},
         "variance_n": variance.stride(0),
@@ -139,13 +102,14 @@ def _shapes(
         "BLOCK_C": block_c,
         "BLOCK_N": block,
         "OWN": own,
-        "HISTORY": 1 if per_row in (5, 7) else 4,
+        "HISTORY": given.history,
         "COMBINES": per_row in (7, 13),
         "num_warps": min(max(threads // 32, 1), 8),
         "num_stages": 1,
         "enable_fp_fusion": True,
     }
-    return (triton.cdiv(count, block),), shapes
+    tensors = (means, log_weights, variance, x_src, x, coefficients, commits, stops)
+    return tensors, (triton.cdiv(count, block),), shapes
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -29,9 +29,9 @@ def test_states_and_gradients(name: str, dtype: torch.dtype, close: float, steep
     out_bar = torch.randn(len(run.stops), *run.x.shape, generator=torch.Generator().manual_seed(1)).double()
     there = run.to(dtype).to("cuda")
     wanted = executed(run)
-    got = triton_gm.forward(*there.arguments).cpu()
+    got = triton_gm.forward(there.arguments).cpu()
     assert (got - wanted).abs().max() < close * wanted.abs().max()
-    grads = triton_gm.backward(*there.arguments, out_bar.to("cuda", dtype))
+    grads = triton_gm.backward(there.arguments, out_bar.to("cuda", dtype))
     for mine, gradient in zip(grads, gradients(run, out_bar), strict=True):
         assert (mine.cpu() - gradient).abs().max() < steep * max(1.0, float(gradient.abs().max()))
 
@@ -44,7 +44,7 @@ def test_a_roll_out_takes_little_memory() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    grads = triton_gm.backward(*run.arguments, out_bar)
+    grads = triton_gm.backward(run.arguments, out_bar)
     gradients_themselves = sum(grad.nbytes for grad in grads)
     taken = torch.cuda.max_memory_allocated() - before - gradients_themselves
     parameters = run.means.nbytes + run.log_weights.nbytes + run.variance.nbytes

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from pitools import GaussianMixture, GMPolicy, kernels
-from pitools.kernels import eager
-from pitools.kernels.programme import numbers, rows_of
+from pitools.kernels import eager, gm
+from pitools.kernels.programme import rows_of
 from pitools.path import substep_grid
 from pitools.rollout import visit
 from pitools.solvers import SOLVERS
@@ -48,16 +48,16 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 def test_a_programme_is_executed(case: int) -> None:
     run = run_of(case)
     expected = executed(run)
-    assert close(eager.rollout(*run.arguments), expected, 1e-9)
-    assert close(eager.reference(*run.arguments), expected, 1e-9)
+    assert close(eager.rollout(run.arguments), expected, 1e-9)
+    assert close(eager.reference(run.arguments), expected, 1e-9)
 
 
 @pytest.mark.parametrize("case", range(len(RUNS)))
 def test_the_order_of_chunks_does_not_matter(case: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(case, batch=300)
-    whole = eager.rollout(*run.arguments)
+    whole = eager.rollout(run.arguments)
     monkeypatch.setattr(eager, "CHUNK", 1)
-    assert close(eager.rollout(*run.arguments), whole, 1e-12)
+    assert close(eager.rollout(run.arguments), whole, 1e-12)
 
 
 @pytest.mark.parametrize("case", range(len(RUNS)))
@@ -94,23 +94,8 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
 def rolled(policy: GMPolicy, x: Tensor, t_src: Tensor, stops: Tensor, method: str) -> Tensor:
     """As `visit`, step 1/32."""
     grid = substep_grid(t_src, stops, 1 / 32)
-    programme = rows_of(SOLVERS[method], grid.times, grid.stops)
-    coefficients = numbers(programme, torch.as_tensor(policy.t_src).reshape(-1), x.dtype)
-    variance = policy.mixture.variance
-    own = variance.ndim > 0 and variance.shape[-1] > 1
-    variance = variance.expand(*x.shape[:2], policy.mixture.components if own else 1)
-    out = eager.rollout(
-        policy.mixture.means.flatten(0, 1),
-        policy.mixture.log_weights.flatten(0, 1),
-        variance.flatten(0, 1),
-        policy.x_src.flatten(0, 1),
-        x.flatten(0, 1),
-        coefficients,
-        programme.commits,
-        programme.stops.expand(-1, coefficients.shape[2]),
-        x.shape[1],
-    )
-    return out.unflatten(1, x.shape[:2])
+    factors = gm.factors_of(policy, eager.Rollout.apply, x)
+    return factors.run(x, rows_of(SOLVERS[method], grid.times, grid.stops))
 
 
 @pytest.mark.parametrize("own_times", [False, True])
@@ -149,7 +134,7 @@ def test_a_posterior_far_off_keeps_its_digits(channels: int) -> None:
     run = random_run(5, 2, 8, 6, channels, 24, "close")
     run = replace(run, means=run.means + 30, x_src=run.x_src + 30, x=run.x + 30)
     short: Run = run.to(torch.float32)
-    assert close(eager.rollout(*short.arguments).double() - 30, executed(short.to(torch.float64)) - 30, 1e-3)
+    assert close(eager.rollout(short.arguments).double() - 30, executed(short.to(torch.float64)) - 30, 1e-3)
 
 
 def test_a_choice_within_a_far_cluster_keeps_its_digits() -> None:
@@ -159,4 +144,4 @@ def test_a_choice_within_a_far_cluster_keeps_its_digits() -> None:
     side = torch.tensor([[-1.0], [1.0]], dtype=torch.float64).repeat(3, 1)
     run = replace(run, means=run.means + 3 * side, x_src=run.x_src + 3, x=run.x + 3)
     short: Run = run.to(torch.float32)
-    assert close(eager.rollout(*short.arguments).double() - 3, executed(short.to(torch.float64)) - 3, 2e-5)
+    assert close(eager.rollout(short.arguments).double() - 3, executed(short.to(torch.float64)) - 3, 2e-5)

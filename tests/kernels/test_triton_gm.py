@@ -68,8 +68,8 @@ def test_states_are_those_of_the_rows_one_by_one(name: str) -> None:
 
     run = random_run(list(RUNS).index(name), *RUNS[name])
     wanted = executed(run)
-    assert error(triton_gm.forward(*run.arguments), wanted) < 1e-12
-    single = triton_gm.forward(*run.to(torch.float32).arguments)
+    assert error(triton_gm.forward(run.arguments), wanted) < 1e-12
+    single = triton_gm.forward(run.to(torch.float32).arguments)
     assert single.dtype == torch.float32
     assert error(single, wanted) < 1e-5
 
@@ -81,11 +81,11 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
 
     run = random_run(100 + list(RUNS).index(name), *RUNS[name])
     out_bar = torch.randn(len(run.stops), *run.x.shape, generator=torch.Generator().manual_seed(1)).double()
-    got = triton_gm.backward(*run.arguments, out_bar)
+    got = triton_gm.backward(run.arguments, out_bar)
     for mine, wanted in zip(got, gradients(run, out_bar), strict=True):
         # One component alone has a log-weight without effect: rounding, on the scale of the other gradients.
         assert (mine - wanted).abs().max() < 1e-10 * max(1.0, float(wanted.abs().max()))
-    single = triton_gm.backward(*run.to(torch.float32).arguments, out_bar.float())
+    single = triton_gm.backward(run.to(torch.float32).arguments, out_bar.float())
     for mine, wanted in zip(single, got, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - wanted).abs().max() < 1e-3 * max(1.0, float(wanted.abs().max()))
@@ -105,10 +105,8 @@ def test_strides_are_the_callers() -> None:
         run.history,
     )
     tight = Run(run.means, run.log_weights, run.variance[:1].repeat(6, 1), *run.arguments[3:], run.history)
-    assert torch.equal(triton_gm.forward(*loose.arguments), triton_gm.forward(*tight.arguments))
-    pairs = zip(
-        triton_gm.backward(*loose.arguments, out_bar), triton_gm.backward(*tight.arguments, out_bar), strict=True
-    )
+    assert torch.equal(triton_gm.forward(loose.arguments), triton_gm.forward(tight.arguments))
+    pairs = zip(triton_gm.backward(loose.arguments, out_bar), triton_gm.backward(tight.arguments, out_bar), strict=True)
     assert all(torch.equal(mine, wanted) for mine, wanted in pairs)
 
 
@@ -120,7 +118,7 @@ def test_dropped_components_have_no_gradient() -> None:
     gone = run.log_weights == -torch.inf
     assert gone.any()
     out_bar = torch.ones(len(run.stops), *run.x.shape, dtype=torch.float64)
-    for given in triton_gm.backward(*run.arguments, out_bar)[:3]:
+    for given in triton_gm.backward(run.arguments, out_bar)[:3]:
         assert given.isfinite().all()
         assert (given[gone] == 0).all()
 
@@ -131,4 +129,4 @@ def test_rows_of_another_length_are_refused() -> None:
 
     run = random_run(9, 1, 2, 2, 2, 2)
     with pytest.raises(ValueError, match="coefficients"):
-        triton_gm.forward(*run.arguments[:5], run.coefficients[:, :4], *run.arguments[6:])
+        triton_gm.forward(run.arguments._replace(coefficients=run.coefficients[:, :4]))
