@@ -1,7 +1,8 @@
 """Roll-outs of Gaussian-mixture policies in one kernel, with their gradients.
 
 Every factor has an ODE of its own, of K·C parameters, so that a whole roll-out can go on in a processor's cache
-(native.cpp). The backward recomputes the states instead of keeping them.
+(native.cpp). The backward recomputes the states instead of keeping them. `adaptive` rolls out with steps of each
+factor's own, without gradients.
 """
 
 from __future__ import annotations

@@ -215,11 +215,13 @@ INLINE Doubles root(Doubles q, Doubles n) {
     const Longs whole = ((Longs)q - 0x3FE6A09E667F3BCD) >> 52;
     const Doubles m = (Doubles)((Longs)q - (whole << 52)), z = (m - 1) / (m + 1), square = z * z;
     Doubles y = all<Doubles>(1.0 / 13);
-    for (double odd = 11; odd > 0; odd -= 2) y = y * square + 1 / odd;
+    UNROLL
+    for (int odd = 11; odd > 0; odd -= 2) y = y * square + 1.0 / odd;
     const Doubles x = (__builtin_convertvector(whole, Doubles) + 2 * LOG2E * z * y) / n;
     const Doubles shifted = x + 6755399441055744.0, f = (x - (shifted - 6755399441055744.0)) * (1 / LOG2E);
     y = all<Doubles>(1);
-    for (double term = 11; term > 0; term -= 1) y = y * f * (1 / term) + 1;
+    UNROLL
+    for (int term = 11; term > 0; term--) y = y * (f * (1.0 / term)) + 1;
     return (Doubles)((Longs)y + ((Longs)shifted << 52));
 }
 
@@ -239,10 +241,11 @@ INLINE void narrow(Doubles from, int, Doubles *to) { *to = from; }
 // Where eight lanes are, and their next step: solvers/embedded.py, whose names and numbers these are.
 struct Travel {
     Doubles a, b, c, d, t_dst, t, step, t_src;
-    Doubles v_dst, v_to, to, keep, late, known, nodes[MOST_KNOWN], moments[MOST_KNOWN + 1];
+    Doubles v_dst, v_to, to, keep, known, nodes[MOST_KNOWN], moments[MOST_KNOWN + 1];
     Longs moves;
 
-    static constexpr double SAFETY = 0.8, SHRINK = 0.2, GROW = 1.5, LONGEST = 0.28, CORRECTION = 0.3, LATE = 0.5, EARLY = 0.07;
+    static constexpr double SAFETY = 0.8, SHRINK = 0.2, GROW = 1.5, LONGEST = 0.28, CORRECTION = 0.3;
+    static constexpr double LATE = 0.5, EARLY = 0.07;
 
     static Doubles apart(Doubles v, Doubles u) { return (v - u) / (1 - v * u / 4); }
     Doubles v_of(Doubles t) const { return (a + b * t) / (c + d * t); }
@@ -250,7 +253,7 @@ struct Travel {
 
     void measure(int order) {
         static const double at[4] = {0.06943184420297371, 0.33000947820757187, 0.6699905217924281, 0.9305681557970262};
-        static const double weight[4] = {0.17392742256872684, 0.32607257743127316, 0.32607257743127316, 0.17392742256872684};
+        static const double inner = 0.3260725774312732, weight[4] = {0.5 - inner, inner, inner, 0.5 - inner};
         Doubles v[4], product[4];
         keep = to / t;
         moments[0] = 1 - keep;
@@ -269,6 +272,12 @@ struct Travel {
 
     // The j-th moment where so many are known, and 0 elsewhere.
     Doubles term(int j, Doubles count) const { return count == all<Doubles>(j) ? moments[j] : Doubles{}; }
+
+    // The square of the error that differences of this mean square are.
+    Doubles error(Doubles square) const {
+        const Doubles late = LATE / (t + EARLY);
+        return late * late * square;
+    }
 
     // By what a step is to be multiplied for the error to become `tol`, from the squares of both.
     static Doubles factor(double tol, Doubles error, Doubles order, double most) {
@@ -710,23 +719,27 @@ template <class V, bool OWN> struct Block {
     }
 
     V mean_square(const V *values) const {
-        V sum = {};
-        for (int c = 0; c < C; c++) sum += values[c] * values[c];
-        return sum * (S)(1.0 / C);
+        V sum[4] = {};
+        for (int c = 0; c < C; c += 4)
+            UNROLL
+            for (int g = 0; g < 4; g++)
+                if (c + g < C) sum[g] += values[c + g] * values[c + g];
+        return ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (S)(1.0 / C);
     }
 
-    void report(int h, Longs failed, int32_t stage, Doubles t) {
-        if (!any(failed)) return;
-        for (int i = 0; i < 8; i++)
+    // The lanes whose error is not finite go no further.
+    void stop(int h, Travel &l, Doubles error, int32_t stage) {
+        const Longs failed = l.moves & ~(Longs)(error < INFINITY);
+        l.moves &= ~failed;
+        for (int i = 0; any(failed) && i < 8; i++)
             if (failed[i]) {
                 job.stage[index[8 * h + i]] = stage;
-                job.failed_at[index[8 * h + i]] = t[i];
+                job.failed_at[index[8 * h + i]] = l.t[i];
             }
     }
 
     void arrive(int h, Longs done, int32_t evaluations) {
-        if (!any(done)) return;
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; any(done) && i < 8; i++)
             if (done[i]) {
                 const int lane = 8 * h + i;
                 job.evaluations[index[lane]] = evaluations;
@@ -744,15 +757,13 @@ template <class V, bool OWN> struct Block {
             Doubles *numbers[8] = {&l.a, &l.b, &l.c, &l.d, &l.t_dst, &l.t, &l.step, &l.t_src};
             for (int n = 0; n < 8; n++)
                 for (int i = 0; i < 8; i++) (*numbers[n])[i] = job.travels[n * job.factors + index[8 * h + i]];
-            Longs there = {};
-            for (int i = 0; i < 8; i++) there[i] = 8 * h + i < lanes ? -1 : 0;
-            l.moves = (Longs)(l.t_dst < l.t) & there;
+            l.moves = (Longs)(l.t_dst < l.t);
             l.v_dst = l.v_of(l.t_dst);
             l.known = all<Doubles>(1);
             for (int j = 0; j < H; j++) l.nodes[j] = Doubles{};
             l.nodes[0] = l.v_of(l.t);
             times[h] = l.t;
-            arrive(h, there & ~l.moves, 0);
+            arrive(h, ~l.moves, 0);
         }
         evaluate_at(times, travel, x, d);
         for (int32_t evaluations = 1; predict(travel, evaluations); evaluations++) correct(travel, evaluations);
@@ -761,40 +772,39 @@ template <class V, bool OWN> struct Block {
     // The states at the ends of the steps; whether a lane has not arrived.
     bool predict(Travel *travel, int32_t evaluations) {
         const double tol = job.tol * job.tol;
-        V square[MOST_KNOWN], moment[MOST_KNOWN], keep;
-        Longs done[W / 8];
+        V last[MOST_KNOWN], moment[MOST_KNOWN], keep;
+        Longs lands[W / 8], done[W / 8];
+        Doubles rest[W / 8];
         bool more = false;
-        for (int j = 0; j < H; j++) square[j] = mean_square(d + j * C);
         for (int h = 0; h < W / 8; h++) {
             Travel &l = travel[h];
-            const Doubles v = l.nodes[0], rest = Travel::apart(v, l.v_dst), before = l.step;
-            const Longs several = (Longs)(l.known > 1), lands = (Longs)(l.step > 0.99 * rest);
-            l.v_to = Travel::apart(v, l.step);
-            l.to = l.moves ? (lands ? l.t_dst : l.t_of(l.v_to)) : l.t;
-            l.late = Travel::LATE / (l.t + Travel::EARLY);
+            rest[h] = Travel::apart(l.nodes[0], l.v_dst);
+            lands[h] = (Longs)(l.step > 0.99 * rest[h]);
+            l.v_to = Travel::apart(l.nodes[0], l.step);
+            l.to = l.moves ? (lands[h] ? l.t_dst : l.t_of(l.v_to)) : l.t;
             l.measure(H);
-            Doubles foreseen = {};
-            for (int j = 0; j < H; j++) {
-                const Doubles m = l.term(j, l.known - 1) * l.late;
-                foreseen += m != 0 ? m * m * widen(square[j], h) : Doubles{};
-            }
-            const Longs failed = l.moves & ~(Longs)(foreseen < INFINITY);
-            report(h, failed, 3 * evaluations, l.t);
-            l.moves &= ~failed;
-            done[h] = l.moves & lands & several & (Longs)(foreseen <= tol);
-            const Longs shorter = l.moves & several & (Longs)(foreseen > tol);
+            for (int j = 0; j < H; j++) narrow(l.term(j, l.known - 1), h, &last[j]);
+        }
+        for (int c = 0; c < C; c++) {
+            eta[c] = V{};
+            for (int j = 0; j < H; j++) eta[c] += last[j] * d[j * C + c];
+        }
+        const V square = mean_square(eta);
+        for (int h = 0; h < W / 8; h++) {
+            Travel &l = travel[h];
+            const Doubles foreseen = l.error(widen(square, h)), before = l.step;
+            stop(h, l, foreseen, 3 * evaluations);
+            const Longs several = (Longs)(l.known > 1), shorter = l.moves & several & (Longs)(foreseen > tol);
+            done[h] = l.moves & lands[h] & several & ~shorter;
             if (any(shorter)) {
-                const Doubles shrunk = smaller(l.step, rest) * Travel::factor(tol, foreseen, l.known, 0.9);
+                const Doubles shrunk = smaller(l.step, rest[h]) * Travel::factor(tol, foreseen, l.known, 0.9);
                 l.step = shorter ? shrunk : l.step;
             }
-            l.step = smaller(l.step, rest * (several ? all<Doubles>(0.9) : all<Doubles>(0.5)));
+            l.step = smaller(l.step, rest[h] * (several ? all<Doubles>(0.9) : all<Doubles>(0.5)));
             l.moves &= ~done[h];
-            if (evaluations >= job.most) {
-                report(h, l.moves, 3 * evaluations + 1, l.t);
-                l.moves = Longs{};
-            }
-            if (any(l.moves & (lands | (Longs)(l.step != before)))) {
-                l.v_to = Travel::apart(v, l.step);
+            if (evaluations >= job.most) stop(h, l, all<Doubles>(INFINITY), 3 * evaluations + 1);
+            if (any(l.moves & (lands[h] | (Longs)(l.step != before)))) {
+                l.v_to = Travel::apart(l.nodes[0], l.step);
                 l.to = l.moves ? l.t_of(l.v_to) : l.to;
                 l.measure(H);
             }
@@ -818,15 +828,15 @@ template <class V, bool OWN> struct Block {
         Doubles times[W / 8];
         for (int h = 0; h < W / 8; h++) times[h] = travel[h].moves ? travel[h].to : travel[h].t;
         evaluate_at(times, travel, x, fresh);
-        for (int j = 0; j < H; j++) {
-            for (int h = 0; h < W / 8; h++) {
-                const Travel &l = travel[h];
-                const Doubles gap = l.v_to - l.nodes[j];
-                narrow(l.known > all<Doubles>(j) ? (gap == 0 ? all<Doubles>(1) : gap) : all<Doubles>(INFINITY), h, &across[j]);
+        for (int h = 0; h < W / 8; h++) {
+            const Travel &l = travel[h];
+            for (int j = 0; j < H; j++) {
+                const Doubles gap = l.v_to - l.nodes[j], wide = gap == 0 ? all<Doubles>(1) : gap;
+                narrow(l.known > all<Doubles>(j) ? wide : all<Doubles>(INFINITY), h, &across[j]);
                 narrow(l.term(j + 1, l.known), h, &last[j]);
             }
-            across[j] = 1 / across[j];
         }
+        for (int j = 0; j < H; j++) across[j] = 1 / across[j];
         for (int c = 0; c < C; c++) {
             V newest = fresh[c], sum = {};
             for (int j = 0; j < H; j++) {
@@ -839,10 +849,8 @@ template <class V, bool OWN> struct Block {
         const V square = mean_square(correction);
         for (int h = 0; h < W / 8; h++) {
             Travel &l = travel[h];
-            const Doubles size = Travel::CORRECTION * l.late, error = size * size * widen(square, h);
-            const Longs failed = l.moves & ~(Longs)(error < INFINITY);
-            report(h, failed, 3 * evaluations + 2, l.t);
-            l.moves &= ~failed;
+            const Doubles error = l.error(widen(square, h)) * (Travel::CORRECTION * Travel::CORRECTION);
+            stop(h, l, error, 3 * evaluations + 2);
             const Longs good = l.moves & (Longs)(error <= tol);
             l.step *= Travel::factor(tol, error, l.known + 1, Travel::GROW);
             l.step = smaller(l.step, all<Doubles>(Travel::LONGEST));

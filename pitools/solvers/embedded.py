@@ -221,7 +221,7 @@ def not_finite(factor: int, t: float) -> ValueError:
     """The error of a factor whose error estimate at t is none."""
     return ValueError(
         f"the error estimate of factor {factor} is not finite at t = {t:g}: "
-        "the state or the velocity is NaN or infinite, or too large"
+        "the state or the velocity is NaN or infinite, or too large, or tol is near its rounding"
     )
 
 

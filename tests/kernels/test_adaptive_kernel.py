@@ -131,6 +131,14 @@ def test_a_block_need_not_be_full(factors: int, dtype: torch.dtype) -> None:
     assert apart(mine.x_end, expected.x_end) < (1e-9 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize("t_src", [0.9, 0.4])
+def test_it_may_set_out_later_than_the_policy(t_src: float) -> None:
+    policy, ends = policy_of(16, (2, 20, 4, 3), "shared", time(1.0, 0.9)), (time(t_src), time(0.1))
+    mine, expected = (run(policy, 0.9 * policy.x_src, *ends, PerFactor()) for run in (fused, reference))
+    assert torch.equal(mine.evaluations, expected.evaluations)
+    assert apart(mine.x_end, expected.x_end) < 1e-9
+
+
 def test_each_factor_has_a_scale_of_its_own() -> None:
     policy, scale = policy_of(3, (2, 20, 4, 3), "own"), 0.02 + 0.3 * rand(random(0), 40)
     mine, expected = (run(policy, policy.x_src, time(1.0), time(0.0), PerFactor(), scale) for run in (fused, reference))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pitools import GaussianMixture
 from pitools.path import align, substep_grid
-from pitools.solvers import SOLVERS, Exponential, RungeKutta, TwoStep, solve_exponential, steps
-from pitools.solvers.embedded import FactorField, solve_per_factor
+from pitools.solvers import SOLVERS, Clock, Exponential, RungeKutta, TwoStep, solve_exponential, steps
+from pitools.solvers.embedded import FactorField, Ruler, apart, solve_per_factor
 from pitools.solvers.tableaus import PerFactor
 
 MEAN, VARIANCE = torch.tensor([[0.7, -0.4]], dtype=torch.float64), 0.04
@@ -64,6 +64,38 @@ def test_one_gaussian_has_a_known_path(order: int, t_dst: float) -> None:
             lambda x, t, index: gaussian.velocity(x, t), x, time(0.9), time(t_dst), PerFactor(tol, order)
         )
         assert float((end.x_end - exact).square().mean(1).sqrt().max()) < 3 * tol
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0])
+def test_v_is_w_through_a_tanh(scale: float) -> None:
+    t_src = time(1.0, 0.7, 0.1, 1e-3)
+    clock = Clock.of(t_src, scale)
+    ruler = Ruler.of(clock)
+    t = torch.linspace(0, 1, 21, dtype=torch.float64).unsqueeze(1) * t_src
+    v, w = ruler.v(t), clock.w(t)
+    torch.testing.assert_close(v, 2 * ((w - clock.w(t_src) / 2) / 2).tanh())
+    torch.testing.assert_close(apart(v, v[3]), 2 * ((w - w[3]) / 2).tanh())
+    torch.testing.assert_close(apart(v, apart(v, v[3])), v[3].expand_as(v))
+    torch.testing.assert_close(ruler.t(v), t, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 4, 6])
+@pytest.mark.parametrize("t_dst", [0.5, 0.1, 0.0])
+def test_what_is_linear_in_v_is_met_exactly(order: int, t_dst: float) -> None:
+    # From the first step on, which its correction makes linear.
+    ruler = Ruler.of(Clock.of(time(0.8), 0.2))
+
+    def f(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return (x - ruler.v(t).unsqueeze(1)) / t.unsqueeze(1)
+
+    x, method = torch.tensor([[0.3]], dtype=torch.float64), PerFactor(order=order)
+    found = solve_per_factor(f, x, time(0.8), time(t_dst), method, 0.2)
+    if t_dst == 0:
+        exact = ruler.v(time(0.0))
+    else:  # by the trapezium rule in 1/τ
+        tau = 1 / torch.linspace(1 / 0.8, 1 / t_dst, 20001, dtype=torch.float64)
+        exact = t_dst / 0.8 * 0.3 + (1 - t_dst / 0.8) * torch.trapezoid(ruler.v(tau), dx=1 / 20000)
+    assert float(found.x_end) == pytest.approx(float(exact), abs=1e-7)
 
 
 @pytest.mark.parametrize(("spread", "std"), [(0.3, 0.3), (0.7, 0.05)])
