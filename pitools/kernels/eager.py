@@ -80,7 +80,8 @@ def rollout(given: Arguments) -> Tensor:
             coefficients=given.coefficients[:, :, own],
             stops=given.stops[:, own],
         )
-        _roll(chunk, out[:, part])
+        with torch.autocast(out.device.type, enabled=False):  # exact inside it too, which rounds products of matrices
+            _roll(chunk, out[:, part])
     return out
 
 

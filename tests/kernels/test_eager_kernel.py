@@ -61,6 +61,14 @@ def test_the_order_of_chunks_does_not_matter(case: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("case", range(len(RUNS)))
+def test_autocast_rounds_nothing(case: int) -> None:
+    given = run_of(case).to(torch.float32).arguments
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = eager.rollout(given)
+    assert torch.equal(inside, eager.rollout(given))
+
+
+@pytest.mark.parametrize("case", range(len(RUNS)))
 def test_gradients_are_those_of_the_formulas(case: int) -> None:
     run = run_of(case)
     out_bar = randn(random(99), 3, *run.x.shape)
