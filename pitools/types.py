@@ -78,6 +78,14 @@ class Student(Protocol):
         ...
 
 
+class FlowMap(Protocol):
+    """A student that jumps from noise to any later time at once, and has no policy (FreeFlow, section 4)."""
+
+    def __call__(self, noise: Tensor, delta: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """The mean velocity F `[B, ...]` from t = 1 to 1 - δ, δ `[B]` in [0, 1]: the end point is noise - δ F."""
+        ...
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The few-step schedule that a student was trained for (paper, B.1 and B.4).

@@ -28,6 +28,9 @@ def pitools(*args: str, cwd: Path, code: int = 0) -> str:
     return run.stdout + run.stderr
 
 
+COSTS = {"policy", "method", "nfe", "steps", "teacher_calls", "seconds"}
+
+
 def metrics(folder: Path) -> dict:  # type: ignore[type-arg]
     return json.loads((folder / "metrics.json").read_text())
 
@@ -44,7 +47,7 @@ def test_toy_writes_its_folder_and_the_same_seed_gives_the_same_metrics(tmp_path
     assert [(row["policy"], row["nfe"]) for row in first["students"]] == [("gm", 1), ("gm", 2)]
     keys = {"same_mode", "off_mode", "modes_covered", "sliced_wasserstein", "energy_distance", "endpoint_rmse"}
     assert set(first["teacher"]) == keys
-    assert set(first["students"][0]) == keys | {"policy", "nfe", "steps"}
+    assert set(first["students"][0]) == keys | COSTS
     config = json.loads((folder / "config.json").read_text())
     assert config["components"] == 8
     assert config["training"]["steps"] == 5
@@ -55,10 +58,12 @@ def test_toy_writes_its_folder_and_the_same_seed_gives_the_same_metrics(tmp_path
     second = metrics(tmp_path / "runs" / "toy-grid25-gm-2")
     assert first.pop("seconds") > 0
     assert second.pop("seconds") > 0
+    for run in (first, second):
+        assert run["students"][0].pop("seconds") == run["students"][1].pop("seconds") > 0  # one network
     assert first == second
     third = tmp_path / "other"
     pitools("toy", "--steps", "5", "--nfe", "1", "--components", "8", "--seed", "1", "--out", str(third), cwd=tmp_path)
-    assert metrics(third)["students"][0] != first["students"][0]
+    assert metrics(third)["students"][0]["endpoint_rmse"] != first["students"][0]["endpoint_rmse"]
     assert metrics(third)["teacher"] == first["teacher"]
 
 
@@ -81,10 +86,29 @@ def test_toy_compares_all_policies(tmp_path: Path) -> None:
     assert [(row["policy"], row["nfe"]) for row in rows] == [
         (name, nfe) for name in ("gm", "dx", "polynomial", "shortcut") for nfe in (1, 2)
     ]
-    assert set(rows[0]) == {"policy", "nfe", "steps", "sliced_wasserstein", "energy_distance", "endpoint_rmse"}
+    assert set(rows[0]) == COSTS | {"sliced_wasserstein", "energy_distance", "endpoint_rmse"}
     weights = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
     assert "gm.safetensors" in weights  # one network for every NFE
     assert {"dx-1nfe.safetensors", "dx-2nfe.safetensors"} <= weights  # one for each
+
+
+def test_toy_compares_methods(tmp_path: Path) -> None:
+    flow_maps = ["freeflow", "prediction", "dmd", "meanflow", "consistency", "progressive", "regression"]
+    text = pitools(
+        "toy", "--method", ",".join(["pi-id", "cloning", *flow_maps]), "--policy", "gm,dx", "--target", "ring8",
+        "--steps", "6", "--nfe", "1,2", "--out", "run", cwd=tmp_path,
+    )  # fmt: skip
+    rows = metrics(tmp_path / "run")["students"]
+    policies = [(f"{method} {name}", nfe) for method in ("pi-id", "cloning") for name in ("gm", "dx") for nfe in (1, 2)]
+    assert [(row["policy"], row["nfe"]) for row in rows] == policies + [(name, 1) for name in flow_maps]
+    assert all(row["teacher_calls"] > 0 for row in rows)
+    # Every label is whole in the printed table.
+    assert all(name in text for name in ("cloning dx", "consistency", "progressive", "million"))
+    names = {path.stem for path in (tmp_path / "run").glob("*.safetensors")}
+    assert names == {"pi-id-gm", "cloning-gm", *flow_maps} | {
+        f"{method}-dx-{nfe}nfe" for method in ("pi-id", "cloning") for nfe in (1, 2)
+    }
+    assert (tmp_path / "run" / "trajectories.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize("target", ["ring8", "spiral", "checkerboard"])
@@ -125,6 +149,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
 
 MISTAKES = {
     "unknown target": (["--target", "circle"], "ring8, grid25"),
+    "unknown method": (["--method", "freeflo"], "pi-id, cloning, freeflow"),
     "unknown policy": (["--policy", "gm,xx"], "gm, dx, polynomial, shortcut"),
     "no evaluations": (["--nfe", "0"], "--nfe must be at least 1"),
     "not a number": (["--nfe", "1,two"], "whole numbers"),

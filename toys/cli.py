@@ -9,8 +9,15 @@ import typer
 
 
 def toy(
+    method: Annotated[
+        str,
+        typer.Option(
+            help="pi-id, cloning, freeflow, prediction, dmd, meanflow, consistency, progressive or regression; "
+            "several, with commas between, are compared."
+        ),
+    ] = "pi-id",
     policy: Annotated[
-        str, typer.Option(help="gm, dx, polynomial or shortcut; several, with commas between, are compared.")
+        str, typer.Option(help="gm, dx, polynomial or shortcut, of pi-id and cloning; several are compared.")
     ] = "gm",
     target: Annotated[
         str, typer.Option(help="ring8, grid25, spiral, moons, checkerboard or digits: each has an exact teacher.")
@@ -22,20 +29,25 @@ def toy(
     grid_points: Annotated[int, typer.Option(help="N of the DX grid, and coefficients of the polynomial.")] = 10,
     steps: Annotated[
         int | None,
-        typer.Option(help="Optimiser steps for each student.  [default: 1000; digits 700]", show_default=False),
+        typer.Option(
+            help="Optimiser steps for each student.  [default: 1000; digits 700; flow maps 4000; digits 2000]",
+            show_default=False,
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the students; the evaluation's noises are always the same.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: the GPU if there is one.")] = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write, new or empty.  [default: runs/toy-TARGET-POLICY]", show_default=False),
+        typer.Option(
+            help="Folder to write, new or empty.  [default: runs/toy-TARGET-METHOD-POLICY]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Distil an exact teacher into few-step students, and show what happened.
 
     The teacher's velocity is known in closed form; a small network learns, by π-ID and without data, to answer
-    with a policy. The folder then holds a table, pictures, metrics and weights. Ctrl-C stops the training
-    early and keeps what is done.
+    with a policy; or by FreeFlow, its two halves or a rival, to jump from noise to data at once. The folder then
+    holds a table, pictures, metrics and weights. Ctrl-C stops the training early and keeps what is done.
 
     Examples:
 
@@ -44,6 +56,8 @@ def toy(
         pitools toy --policy gm,dx,shortcut --nfe 1
 
         pitools toy --target digits
+
+        pitools toy --method pi-id,freeflow,regression --nfe 1 --target ring8
     """
     from rich.console import Console
 
@@ -52,6 +66,7 @@ def toy(
 
     try:
         experiment = Experiment.resolve(
+            methods=[name.strip() for name in method.split(",")],
             policies=[name.strip() for name in policy.split(",")],
             target=target,
             nfes=_integers("--nfe", nfe),

@@ -1,5 +1,5 @@
 """Data-free π-ID for the toys (paper, Algorithm 3): roll the student's own policies from noise, segment by
-segment, and match the exact teacher along the way."""
+segment, and match the exact teacher along the way. Cloning is the same along the teacher's own path."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from pitools.objectives import imitation_loss
+from pitools.objectives.rivals import cloning_loss, teacher_path
 from pitools.path import segments, shift_time
 from pitools.training import EMA, DivergenceError, keyed_generator
+from pitools.types import Conditions
 from toys.network import ToyStudent
 from toys.targets import Target
+from toys.training import Counted, Outcome
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Training:
     steps: optimiser steps.  batch: noises a step.  learning_rate: Adam's, warmed up over 50 steps and brought
     to 0 along a cosine.  states: teacher queries for each sample and segment.  step_size: raw length of a
     substep of the training roll-outs.  floor: raw time below which no state is drawn.  dropout: rate of GM
-    dropout.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
+    dropout.  clone: whether policies are matched along the teacher's path, in steps of that size, and not along their
+    own.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
     """
 
     steps: int
@@ -35,6 +39,7 @@ class Training:
     step_size: float
     floor: float
     dropout: float = 0.0
+    clone: bool = False
     ema_gamma: float = 7.0
     clip: float = 10.0
 
@@ -47,14 +52,14 @@ def distill(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
-) -> EMA:
-    """Train `student` in place for schedules of `nfes` steps, in turn; returns the moving average of its weights.
+) -> Outcome:
+    """Train `student` in place for schedules of `nfes` steps, in turn.
 
     on_step: told the step (from 1) and its loss.  stopped: asked before each step whether to end early.
     Raises `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
     device = next(student.parameters()).device
-    ema = EMA(student, training.ema_gamma)
+    ema, teacher = EMA(student, training.ema_gamma), Counted(target)
     optimiser = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=(0.9, 0.99))
     for step in range(training.steps):
         if stopped():
@@ -63,7 +68,7 @@ def distill(
             group["lr"] = training.learning_rate * _ramp(step, training.steps)
         nfe = nfes[step % len(nfes)]
         generator = keyed_generator(seed, f"train {nfe}", step, device)
-        loss = _step_losses(student, target, nfe, training, generator)
+        loss = _step_losses(student, teacher, nfe, training, generator)
         norm = nn.utils.clip_grad_norm_(student.parameters(), training.clip)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             raise DivergenceError(
@@ -73,21 +78,26 @@ def distill(
         optimiser.zero_grad(set_to_none=True)
         ema.update(student)
         on_step(step + 1, loss)
-    return ema
+    return Outcome(ema, teacher.calls)
 
 
 def _step_losses(
-    student: ToyStudent, target: Target, nfe: int, training: Training, generator: torch.Generator
+    student: ToyStudent, teacher: Counted, nfe: int, training: Training, generator: torch.Generator
 ) -> float:
     """The loss of all `nfe` segments, each sent backward as soon as it is known."""
-    schedule, device = student.schedule, generator.device
+    schedule, device, target = student.schedule, generator.device, teacher.target
     x = torch.randn(training.batch, *target.shape, generator=generator, device=device)
-    conditions = _random_labels(target, training.batch, generator)
+    conditions = target.draw_labels(training.batch, generator)
     total = 0.0
     for raw_src, raw_dst in pairwise(segments(nfe, schedule.final_step_scale)):
         t_src, t_dst = shift_time(raw_src, schedule.shift), shift_time(raw_dst, schedule.shift)
+        if training.clone:
+            loss, x = _clone(student, teacher, x, raw_src, raw_dst, conditions, training.step_size)
+            loss.backward()
+            total += float(loss.detach())
+            continue
         result = imitation_loss(
-            target,
+            teacher,
             student(x, t_src, conditions),
             x,
             t_src,
@@ -108,10 +118,21 @@ def _step_losses(
     return total
 
 
-def _random_labels(target: Target, count: int, generator: torch.Generator) -> dict[str, Tensor] | None:
-    if not target.classes:
-        return None
-    return {"class_labels": torch.randint(target.classes, (count,), generator=generator, device=generator.device)}
+def _clone(
+    student: ToyStudent,
+    teacher: Counted,
+    x: Tensor,
+    raw_src: float,
+    raw_dst: float,
+    conditions: Conditions | None,
+    step_size: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss of one segment along the teacher's path from x, and where that ends."""
+    raw = torch.linspace(raw_src, raw_dst, 1 + math.ceil((raw_src - raw_dst) / step_size - 1e-4), device=x.device)
+    times = shift_time(raw, student.schedule.shift).unsqueeze(1).expand(-1, len(x))
+    states, slopes = teacher_path(teacher, x, times, conditions)
+    loss = cloning_loss(student(x, times[0], conditions), states, slopes, times, student.factorisation)
+    return (raw_src - raw_dst) * loss.mean(), states[-1]
 
 
 def _ramp(step: int, steps: int, warmup: int = 50) -> float:

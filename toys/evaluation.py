@@ -20,7 +20,8 @@ from pitools.rollout import visit
 from pitools.sampling import sample
 from pitools.training import keyed_generator
 from pitools.types import Conditions, Schedule
-from toys.network import ToyStudent
+from toys.flow_maps import one_step
+from toys.network import ToyFlowMap, ToyStudent
 from toys.targets import Target
 
 ENERGY_POINTS = 4000
@@ -69,8 +70,10 @@ class Evaluation:
         raw = segments(nfe, schedule.final_step_scale)[1:]
         return torch.tensor([shift_time(boundary, schedule.shift) for boundary in raw])
 
-    def student(self, student: ToyStudent, nfe: int) -> Tensor:
-        """The student's end points in `nfe` network evaluations."""
+    def student(self, student: ToyStudent | ToyFlowMap, nfe: int) -> Tensor:
+        """The student's end points in `nfe` network evaluations; a flow map takes one."""
+        if isinstance(student, ToyFlowMap):
+            return one_step(student, self.noise, self.conditions)
         return sample(student, self.noise, nfe, self.conditions)
 
     def metrics(self, points: Tensor, teacher: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One run of `pitools toy`: train each student, compare it with the teacher, write the folder."""
+"""One run of `pitools toy`: train each student by each method, compare it with the teacher, write the folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save_file
 
+from pitools.objectives.flow_map import Prediction
+from pitools.objectives.free_flow import FreeFlow
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.training import DivergenceError, Interrupt, graceful_interrupt, keyed_generator
 from pitools.types import Schedule
 from toys.distill import Training, distill
 from toys.evaluation import Evaluation
-from toys.network import ToyStudent
+from toys.flow_maps import METHODS as FLOW_MAPS
+from toys.flow_maps import FlowMapTraining, train
+from toys.network import ToyFlowMap, ToyStudent
 from toys.targets import Target, load_target
+
+OF_POLICIES = ("pi-id", "cloning")
+"""Methods that train a policy; the others train a flow map."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +40,26 @@ class Defaults:
     width: int
     samples: int
     training: Training
+    flow_maps: FlowMapTraining
 
 
 MOST_NFE = 128
+
+FREE_FLOW = FreeFlow(Prediction(steps=16, power=0.0, warmup=200), alpha=0.1, delay=1000, correction_warmup=500)
 
 PLANE = Defaults(
     components=64,
     width=256,
     samples=10_000,
     training=Training(steps=1000, batch=1024, learning_rate=4e-3, states=2, step_size=1 / 32, floor=1 / 128),
+    flow_maps=FlowMapTraining(steps=4000, batch=1024, learning_rate=3e-3, free_flow=FREE_FLOW),
 )
 IMAGES = Defaults(
     components=32,
     width=512,
     samples=1000,
     training=Training(steps=700, batch=256, learning_rate=3e-3, states=2, step_size=1 / 32, floor=1 / 32),
+    flow_maps=FlowMapTraining(steps=2000, batch=256, learning_rate=1e-3, free_flow=FREE_FLOW),
 )
 
 
@@ -54,6 +67,7 @@ IMAGES = Defaults(
 class Experiment:
     """A resolved run: everything that its outcome depends on."""
 
+    methods: tuple[str, ...]
     policies: tuple[str, ...]
     target: str
     nfes: tuple[int, ...]
@@ -61,6 +75,7 @@ class Experiment:
     grid_points: int
     width: int
     training: Training
+    flow_maps: FlowMapTraining
     samples: int
     seed: int
     device: str
@@ -69,6 +84,7 @@ class Experiment:
     @classmethod
     def resolve(
         cls,
+        methods: Sequence[str],
         policies: Sequence[str],
         target: str,
         nfes: Sequence[int],
@@ -81,14 +97,21 @@ class Experiment:
     ) -> Experiment:
         """Defaults filled in and everything checked, before any work. `ValueError` says what to change."""
         defaults = PLANE if len(load_target(target).shape) == 1 else IMAGES
-        training = defaults.training
+        training, flow_maps = defaults.training, defaults.flow_maps
         if steps is not None:
             if steps < 1:
                 raise ValueError(f"--steps must be at least 1, got {steps}")
-            training = replace(training, steps=steps)
+            training, flow_maps = replace(training, steps=steps), replace(flow_maps, steps=steps)
+        known = (*OF_POLICIES, *FLOW_MAPS)
+        for method in methods:
+            if method not in known:
+                raise ValueError(f"unknown method {method!r}; the methods are {', '.join(known)}")
         if not 1 <= min(nfes) <= max(nfes) <= MOST_NFE:
             raise ValueError(f"--nfe must be at least 1 and at most {MOST_NFE}, the teacher's own steps; got {nfes}")
+        methods = tuple(dict.fromkeys(methods))
+        of_policies = tuple(dict.fromkeys(policies)) if set(methods) & set(OF_POLICIES) else ()
         experiment = cls(
+            methods=methods,
             policies=tuple(dict.fromkeys(policies)),
             target=target,
             nfes=tuple(sorted(set(nfes))),
@@ -96,10 +119,11 @@ class Experiment:
             grid_points=grid_points,
             width=defaults.width,
             training=training,
+            flow_maps=flow_maps,
             samples=defaults.samples,
             seed=seed,
             device=_device(device),
-            out=_folder(out, f"toy-{target}-{'-'.join(dict.fromkeys(policies))}"),
+            out=_folder(out, "-".join(["toy", target, *(m for m in methods if m != "pi-id"), *of_policies])),
         )
         for name in (*experiment.policies, "gm", "dx"):  # the last two for their sizes, used or not
             experiment.head(name)
@@ -111,17 +135,27 @@ class Experiment:
             raise ValueError(f"unknown policy {policy!r}; the policies are {', '.join(HEADS)}")
         return HEADS[policy](self)
 
-    def students(self) -> list[tuple[str, tuple[int, ...]]]:
-        """(policy, the NFEs it serves) of each network to train.
+    def students(self) -> list[tuple[str, str | None, tuple[int, ...]]]:
+        """(method, policy, the NFEs it serves) of each network to train.
 
         A policy that reaches t = 0 from anywhere serves every NFE with one network; the others know only
-        the segment that they were trained on.
+        the segment that they were trained on. A flow map has no policy, and takes one evaluation.
         """
-        return [
-            (name, nfes)
-            for name in self.policies
-            for nfes in ([self.nfes] if self.head(name).reaches_zero else [(nfe,) for nfe in self.nfes])
-        ]
+        found: list[tuple[str, str | None, tuple[int, ...]]] = []
+        for method in self.methods:
+            if method not in OF_POLICIES:
+                found.append((method, None, (1,)))
+                continue
+            for name in self.policies:
+                groups = [self.nfes] if self.head(name).reaches_zero else [(nfe,) for nfe in self.nfes]
+                found += [(method, name, nfes) for nfes in groups]
+        return found
+
+    def label(self, method: str, policy: str | None) -> str:
+        """What a student is called: its policy, where the method goes without saying."""
+        if policy is None or self.methods == ("pi-id",):
+            return policy or method
+        return f"{method} {policy}"
 
 
 HEADS: Mapping[str, Callable[[Experiment], Head]] = MappingProxyType(
@@ -136,12 +170,15 @@ HEADS: Mapping[str, Callable[[Experiment], Head]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Trained:
-    """A student with its averaged weights, the NFEs that it is for, and the steps that it had."""
+    """A student with its averaged weights, its method, the NFEs that it is for, and what it took."""
 
-    policy: str
+    name: str
+    method: str
     nfes: tuple[int, ...]
     steps: int
-    student: ToyStudent
+    teacher_calls: int
+    seconds: float
+    student: ToyStudent | ToyFlowMap
 
 
 @dataclass(frozen=True)
@@ -169,16 +206,18 @@ def run(experiment: Experiment, console: Console) -> bool:
     with graceful_interrupt() as interrupt, _progress(console) as progress:
         trained: list[Trained] = []
         failure: DivergenceError | None = None
-        for policy, nfes in experiment.students():
+        for method, policy, nfes in experiment.students():
+            name = experiment.label(method, policy)
             try:
-                student = _train(experiment, target, policy, nfes, progress, interrupt)
+                student = _train(experiment, target, method, policy, nfes, progress, interrupt)
             except DivergenceError as error:
-                failure = DivergenceError(f"{policy} for {nfes} NFE: {error}")
+                failure = DivergenceError(f"{name} for {nfes} NFE: {error}")
                 break
             if student is None:
                 break
             trained.append(student)
-            label = policy if student.student.head.reaches_zero else f"{policy}-{nfes[0]}nfe"
+            served = policy is None or experiment.head(policy).reaches_zero
+            label = name.replace(" ", "-") + ("" if served else f"-{nfes[0]}nfe")
             save_file(student.student.state_dict(), experiment.out / f"{label}.safetensors")
     if not trained:
         raise failure or KeyboardInterrupt
@@ -189,13 +228,13 @@ def run(experiment: Experiment, console: Console) -> bool:
         evaluation = Evaluation.prepare(target, experiment.samples, device)
         results = _evaluate(experiment, evaluation, trained, start)
     (experiment.out / "metrics.json").write_text(json.dumps(asdict(results), indent=2) + "\n")
-    teacher_steps = evaluation.teacher_steps(trained[0].student.schedule, experiment.nfes[0])
+    teacher_steps = evaluation.teacher_steps(Schedule(shift=target.shift), experiment.nfes[0])
     console.print(_table(experiment, results, teacher_steps))
 
     from toys.plots import plot_samples, plot_trajectories
 
     with console.status("Drawing"):
-        students = [(one.policy, nfe, one.student) for one in trained for nfe in one.nfes]
+        students = [(one.name, nfe, one.student) for one in trained for nfe in one.nfes]
         plot_samples(experiment.out / "samples.png", evaluation, students)
         plot_trajectories(experiment.out / "trajectories.png", evaluation, students)
     if failure is not None:
@@ -207,24 +246,16 @@ def run(experiment: Experiment, console: Console) -> bool:
 def _train(
     experiment: Experiment,
     target: Target,
-    policy: str,
+    method: str,
+    policy: str | None,
     nfes: tuple[int, ...],
     progress: Progress,
     interrupt: Interrupt,
 ) -> Trained | None:
     """One student, or None where the stop came before its first step."""
-    student = ToyStudent(
-        experiment.head(policy),
-        Schedule(nfe=max(nfes), shift=target.shift),
-        target.factorisation,
-        target.shape,
-        classes=target.classes,
-        width=experiment.width,
-        scale=target.scale,
-        generator=keyed_generator(experiment.seed, f"init {policy}"),
-    ).to(target.device)
-    steps = experiment.training.steps
-    task = progress.add_task(f"{policy} for {', '.join(map(str, nfes))} NFE", total=steps, loss="")
+    name, start = experiment.label(method, policy), time.perf_counter()
+    steps = experiment.flow_maps.steps if policy is None else experiment.training.steps
+    task = progress.add_task(f"{name} for {', '.join(map(str, nfes))} NFE", total=steps, loss="")
 
     average: list[float] = []
 
@@ -233,22 +264,48 @@ def _train(
         recent = average[-50:]
         progress.update(task, completed=step, loss=f"loss {sum(recent) / len(recent):.4g}")
 
-    ema = distill(student, target, nfes, experiment.training, experiment.seed, on_step, lambda: interrupt.requested)
+    def stopped() -> bool:
+        return interrupt.requested
+
+    # One seed for every method: the first noises and the first weights are the same.
+    generator = keyed_generator(experiment.seed, f"init {policy or 'flow map'}")
+    student: ToyStudent | ToyFlowMap
+    if policy is None:
+        student = ToyFlowMap(target.shape, classes=target.classes, width=experiment.width, generator=generator).to(
+            target.device
+        )
+        outcome = train(method, student, target, experiment.flow_maps, experiment.seed, on_step, stopped)
+    else:
+        student = ToyStudent(
+            experiment.head(policy),
+            Schedule(nfe=max(nfes), shift=target.shift),
+            target.factorisation,
+            target.shape,
+            classes=target.classes,
+            width=experiment.width,
+            scale=target.scale,
+            generator=generator,
+        ).to(target.device)
+        training = replace(experiment.training, clone=method == "cloning")
+        outcome = distill(student, target, nfes, training, experiment.seed, on_step, stopped)
     if not average:
         return None
     progress.stop_task(task)
-    ema.copy_to(student)
-    return Trained(policy, nfes, ema.steps, student.eval().requires_grad_(False))
+    outcome.ema.copy_to(student)
+    seconds = time.perf_counter() - start
+    student.eval().requires_grad_(False)
+    return Trained(name, method, nfes, outcome.ema.steps, outcome.teacher_calls, seconds, student)
 
 
 def _evaluate(experiment: Experiment, evaluation: Evaluation, trained: Sequence[Trained], start: float) -> Results:
-    reference = evaluation.teacher(trained[0].student.schedule, experiment.nfes[0])
+    schedule = Schedule(shift=evaluation.target.shift)
+    reference = evaluation.teacher(schedule, experiment.nfes[0])
     rows: list[Mapping[str, float | str]] = []
     for one in trained:
         for nfe in one.nfes:
-            teacher = evaluation.teacher(one.student.schedule, nfe)
-            metrics = evaluation.metrics(evaluation.student(one.student, nfe), teacher)
-            rows.append({"policy": one.policy, "nfe": nfe, "steps": one.steps, **metrics})
+            metrics = evaluation.metrics(evaluation.student(one.student, nfe), evaluation.teacher(schedule, nfe))
+            cost = {"steps": one.steps, "teacher_calls": one.teacher_calls, "seconds": round(one.seconds, 2)}
+            rows.append({"policy": one.name, "method": one.method, "nfe": nfe, **cost, **metrics})
     return Results(evaluation.metrics(reference, reference), rows, round(time.perf_counter() - start, 2))
 
 
@@ -278,15 +335,24 @@ HEADINGS = {
 
 
 def _table(experiment: Experiment, results: Results, teacher_steps: int) -> Table:
-    """The teacher, then each student at each NFE."""
-    table = Table(title=f"{experiment.target}, {experiment.samples:,} noises, {results.seconds} s")
-    table.add_column("policy")
+    """The teacher, then each student at each NFE; where methods are compared, also what each took."""
+    compared = experiment.methods != ("pi-id",)
+    title = f"{experiment.target}, {experiment.samples:,} noises, {results.seconds} s"
+    table = Table(title=title)
+    if compared:  # in 80 columns
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("student" if compared else "policy", no_wrap=True)
     table.add_column("NFE", justify="right")
     for key in results.teacher:
         table.add_column(HEADINGS[key], justify="right")
+    for heading in ("million teacher calls", "s") if compared else ():
+        table.add_column(heading, justify="right")
     table.add_row("teacher", str(teacher_steps), *(_show(key, value) for key, value in results.teacher.items()))
     for row in results.students:
-        table.add_row(str(row["policy"]), str(row["nfe"]), *(_show(key, row[key]) for key in results.teacher))
+        cells = [_show(key, row[key]) for key in results.teacher]
+        if compared:
+            cells += [f"{float(row['teacher_calls']) / 1e6:.2f}", f"{float(row['seconds']):.0f}"]
+        table.add_row(str(row["policy"]), str(row["nfe"]), *cells)
     return table
 
 

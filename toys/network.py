@@ -1,16 +1,19 @@
-"""The toy student: a residual MLP that looks once at (x_src, t_src) and answers with a policy.
+"""The toy networks: a residual MLP that looks once at a state, and answers with a policy or with a mean velocity.
 
-Its last layer predicts denoised states x̂, which the heads take as velocities u = (x_src - x̂)/t_src; so the
-network need not learn to copy its input, and every policy gets the same help.
+Its last layer predicts denoised states x̂, which the heads take as velocities u = (x_src - x̂)/t_src, and a flow map
+as F(x_t, t, s) = (x_t - x̂)/t, so that f = (s/t) x_t + (1 - s/t) x̂. The network need not learn to copy its input, and
+every method gets the same help.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pitools.objectives.rivals import TwoTimes
 from pitools.path import align, as_time
 from pitools.policies import GMHead, Head, Outputs, Segment
 from pitools.types import Conditions, Factorisation, Policy, Schedule, Time
@@ -93,6 +96,79 @@ class ToyStudent(nn.Module):
         velocities = (packed.unsqueeze(2) - denoised) / align(time, denoised)
         outputs = Outputs(velocities, factor.reshape(batch, self.factors, -1), sample)
         return self.head.read(outputs, packed, time, Segment(self.schedule.segment, self.schedule.shift))
+
+
+class ToyFlowMap(nn.Module):
+    """The mean velocity from one time down to another, for latents of one small shape; at s = t, the velocity itself.
+
+    shape: of a latent, without the batch.  classes: of `class_labels`, or 0.  guided: whether it takes `guidance`.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        classes: int = 0,
+        guided: bool = False,
+        width: int = 256,
+        depth: int = 2,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.classes = classes
+        self.inlet = nn.Linear(math.prod(shape) * (1 + 2 * OCTAVES) + 4 * FREQUENCIES, width)
+        self.label = nn.Embedding(classes, width) if classes else None
+        self.guidance = nn.Linear(2 * FREQUENCIES, width) if guided else None
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.outlet = nn.Linear(width, math.prod(shape))
+        with torch.no_grad():
+            for layer in (self.inlet, *self.blocks, self.outlet):
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+                nn.init.zeros_(layer.bias)
+            if self.label is not None:
+                nn.init.normal_(self.label.weight, generator=generator)
+            if self.guidance is not None:
+                nn.init.zeros_(self.guidance.weight)
+                nn.init.zeros_(self.guidance.bias)
+            self.outlet.weight.mul_(0.1)
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """F `[B, *shape]` at latents x_t `[B, *shape]`, 0 <= s <= t <= 1 and t > 0, both `[B]`."""
+        given = conditions or {}
+        flat = x_t.flatten(1)
+        hidden = self.inlet(torch.cat([_waves(flat, torch.zeros_like(t)), _embed(t), _embed(s)], dim=1))
+        for name, layer in (("class_labels", self.label), ("guidance", self.guidance)):
+            if layer is None:
+                continue
+            if name not in given:
+                raise ValueError(f'this network is conditioned on {name}: pass conditions={{"{name}": [B]}}')
+            hidden = hidden + layer(_embed(given[name]) if name == "guidance" else given[name])
+        hidden = nn.functional.silu(hidden)
+        for block in self.blocks:
+            hidden = hidden + nn.functional.silu(block(hidden))
+        return (x_t - self.outlet(hidden).reshape(x_t.shape)) / align(t, x_t)
+
+
+@dataclass(frozen=True, eq=False)
+class FromNoise:
+    """A flow map between any two times as one that starts from noise, F(z, δ)."""
+
+    network: TwoTimes
+
+    def __call__(self, noise: Tensor, delta: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """F from t = 1 to 1 - δ, δ `[B]`."""
+        return self.network(noise, torch.ones_like(delta), 1 - delta, conditions)
+
+
+@dataclass(frozen=True, eq=False)
+class AtOnce:
+    """A flow map between any two times as a velocity field, from each time to itself."""
+
+    network: TwoTimes
+
+    def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+        """The velocity at latents x_t, t."""
+        times = as_time("t", t, x_t).expand(len(x_t))
+        return self.network(x_t, times, times, conditions)
 
 
 def _waves(x: Tensor, t: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pitools.guidance import Conditioned
+from pitools.objectives.rivals import jump
 from pitools.rollout import trajectory
 from pitools.sampling import Look, sample
-from pitools.types import Conditions
+from pitools.types import Conditions, Schedule
 from toys.evaluation import Evaluation
-from toys.network import ToyStudent
+from toys.network import ToyFlowMap, ToyStudent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +26,17 @@ SHOWN_POINTS = 4000
 PATHS = 20
 SHEET_COLUMNS = 20
 FRAMES = 9
+JUMPS = 32
 
-Student = tuple[str, int, ToyStudent]
-"""(policy, NFE, network)."""
+Student = tuple[str, int, ToyStudent | ToyFlowMap]
+"""(name, NFE, network)."""
 
 
 def plot_samples(path: Path, evaluation: Evaluation, students: Sequence[Student]) -> None:
     """Data, the teacher's samples, and each student's from the same noises."""
     rows = [("data", evaluation.data)]
-    first = students[0]
-    rows.append(("exact teacher, 128 steps", evaluation.teacher(first[2].schedule, first[1])))
+    schedule = Schedule(shift=evaluation.target.shift)
+    rows.append(("exact teacher, 128 steps", evaluation.teacher(schedule, students[0][1])))
     rows += [(_title(name, nfe), evaluation.student(network, nfe)) for name, nfe, network in students]
     if len(evaluation.target.shape) > 1:
         sheet(path, [(title, images[:SHEET_COLUMNS]) for title, images in rows])
@@ -51,7 +53,10 @@ def plot_samples(path: Path, evaluation: Evaluation, students: Sequence[Student]
 
 @torch.no_grad()
 def plot_trajectories(path: Path, evaluation: Evaluation, students: Sequence[Student]) -> None:
-    """Each policy's substeps beside the teacher's path from the same noises; dots are network evaluations."""
+    """Each student's path beside the teacher's from the same noises; dots are network evaluations.
+
+    A policy's path is its substeps, a flow map's where it jumps to for each time.
+    """
     count = PATHS if len(evaluation.target.shape) == 1 else 2
     noise = evaluation.noise[:count]
     conditions = {key: value[:count] for key, value in (evaluation.conditions or {}).items()} or None
@@ -75,7 +80,7 @@ def plot_trajectories(path: Path, evaluation: Evaluation, students: Sequence[Stu
                 linewidth=0.8,
                 marker=".",
                 markersize=2.5,
-                label="policy, substeps",
+                label="student's path",
             )
             axis.scatter(
                 dots[:, 0],
@@ -93,8 +98,14 @@ def plot_trajectories(path: Path, evaluation: Evaluation, students: Sequence[Stu
     _save(figure, path)
 
 
-def student_path(student: ToyStudent, noise: Tensor, nfe: int, conditions: Conditions | None) -> tuple[Tensor, Tensor]:
+def student_path(
+    student: ToyStudent | ToyFlowMap, noise: Tensor, nfe: int, conditions: Conditions | None
+) -> tuple[Tensor, Tensor]:
     """All states `[S + 1, B, *shape]` of a student's roll-out, and those `[nfe, B, *shape]` that it looked at."""
+    if isinstance(student, ToyFlowMap):
+        one = noise.new_ones(len(noise))
+        ends = torch.linspace(1, 0, JUMPS + 1, device=noise.device)
+        return torch.stack([jump(student, noise, one, s * one, conditions) for s in ends]), noise.unsqueeze(0)
     looks: list[Look] = []
     sample(student, noise, nfe, conditions, callback=looks.append)
     pack, unpack, shift = student.factorisation.pack, student.factorisation.unpack, student.schedule.shift

@@ -72,6 +72,13 @@ class Target:
         """`count` classes in turn, as conditions; None where the target has no classes."""
         return {"class_labels": torch.arange(count, device=device) % self.classes} if self.classes else None
 
+    def draw_labels(self, count: int, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """`count` classes at random, as conditions; None where the target has no classes."""
+        if not self.classes:
+            return None
+        device = generator.device
+        return {"class_labels": torch.randint(self.classes, (count,), generator=generator, device=device)}
+
     def sample(self, count: int, generator: torch.Generator, conditions: Conditions | None = None) -> Tensor:
         """`count` data points as latents, of the classes in `conditions` if there are any."""
         prior = self.priors[0]

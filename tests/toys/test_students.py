@@ -45,7 +45,7 @@ def test_a_student_answers_trains_and_samples(name: str, head: Head) -> None:
     student = student_for(name, head)
     losses: list[float] = []
     before = student.outlet.weight.detach().clone()
-    ema = distill(student, target, [1, 2], SHORT, seed=0, on_step=lambda step, loss: losses.append(loss))
+    ema = distill(student, target, [1, 2], SHORT, seed=0, on_step=lambda step, loss: losses.append(loss)).ema
     assert len(losses) == 4
     assert all(math.isfinite(loss) for loss in losses)
     assert not torch.equal(student.outlet.weight, before)
@@ -65,7 +65,7 @@ def test_a_student_answers_trains_and_samples(name: str, head: Head) -> None:
 def test_training_is_a_function_of_the_seed() -> None:
     def weights(seed: int) -> torch.Tensor:
         student = student_for("ring8", GMHead(4))
-        return distill(student, load_target("ring8"), [1, 2], SHORT, seed).averages["outlet.weight"]
+        return distill(student, load_target("ring8"), [1, 2], SHORT, seed).ema.averages["outlet.weight"]
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
@@ -83,7 +83,7 @@ def test_a_student_that_copies_its_input_needs_no_weights() -> None:
 def test_training_stops_when_asked_and_at_a_loss_that_is_not_finite() -> None:
     target, student = load_target("ring8"), student_for("ring8", GMHead(4))
     seen: list[int] = []
-    ema = distill(student, target, [1], SHORT, 0, lambda step, loss: seen.append(step), lambda: len(seen) == 2)
+    ema = distill(student, target, [1], SHORT, 0, lambda step, loss: seen.append(step), lambda: len(seen) == 2).ema
     assert seen == [1, 2]
     assert ema.steps == 2
     with torch.no_grad():

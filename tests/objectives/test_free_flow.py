@@ -1,0 +1,146 @@
+"""FreeFlow's step: the schedule of α, the split, the balance of the two gradients, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from mixtures import randn, random
+from torch import Tensor
+
+from pitools import GaussianMixture
+from pitools.objectives.flow_map import Prediction, Times, balance, correct, predict
+from pitools.objectives.free_flow import FreeFlow, free_flow_losses
+from pitools.types import Conditions, Time
+
+PRIOR = GaussianMixture(torch.tensor([[0.5, -0.5]]).double(), torch.zeros(1).double(), 0.3)
+OBJECTIVE = FreeFlow(Prediction(steps=0, power=0.5, warmup=0), delay=0, correction_warmup=0)
+NOISE = randn(random(0), 32, 2)
+
+
+@dataclass
+class Linear:
+    """F = a z + b δ, with its parameters; and as a field, the same at 1 - t."""
+
+    a: Tensor
+    b: Tensor
+
+    def __call__(self, noise: Tensor, delta: Tensor, conditions: Conditions | None = None) -> Tensor:
+        self.conditions = conditions
+        return self.a * noise + self.b * delta[:, None]
+
+    def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+        assert isinstance(t, Tensor)
+        return self(x_t, 1 - t, conditions)
+
+
+@dataclass
+class Teacher:
+    """PRIOR's velocity; it remembers how many samples it was asked about."""
+
+    asked: int = 0
+
+    def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+        self.asked += len(x_t)
+        return PRIOR.velocity(x_t, t)
+
+
+TEACHER = Teacher()
+
+
+def linear(a: float = 0.7, b: float = 0.2) -> Linear:
+    return Linear(*(torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (a, b)))
+
+
+def test_alpha_follows_its_schedule() -> None:
+    published = FreeFlow(alpha=0.6, decay=25_000)
+    steps = (0, 9_999, 10_000, 15_000, 20_000, 25_000, 100_000)
+    assert [published.alpha_at(step) for step in steps] == pytest.approx([0, 0, 0, 0.3, 0.6, 0.6, 0.3])
+    assert FreeFlow(alpha=0.3).alpha_at(10**7) == 0.3
+    assert replace(published, delay=0, correction_warmup=0).alpha_at(0) == 0.6
+
+
+def test_confidence_falls_along_a_line() -> None:
+    warmed = FreeFlow(Prediction(warmup=10))
+    assert [warmed.confident_at(step) for step in (0, 4, 10, 50)] == pytest.approx([1.0, 0.6, 0.0, 0.0])
+    assert OBJECTIVE.confident_at(0) == 0
+
+
+def test_the_gradient_is_that_of_both_parts_with_their_balance() -> None:
+    student, auxiliary = linear(), linear(0.4, 0.1)
+    found = free_flow_losses(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, random(1))
+    its = torch.autograd.grad(found.student, [student.a, student.b], retain_graph=True)
+    # The same draws, in the same order.
+    g = random(1)
+    first = predict(student, TEACHER, NOISE[:24], OBJECTIVE.prediction, randomness=g)
+    torch.randn(8, generator=g, dtype=torch.float64)
+    torch.randn(8, 2, generator=g, dtype=torch.float64)
+    second = correct(student, auxiliary, TEACHER, NOISE[24:], OBJECTIVE.r, randomness=g)
+    weight = balance(0.3, first.difference, second.difference)
+    expected = torch.autograd.grad((first.loss.sum() + weight * second.loss.sum()) / 32, [student.a, student.b])
+    torch.testing.assert_close(its, expected)
+    assert found.predicted == pytest.approx(float(first.error.mean()))
+    assert found.corrected == pytest.approx(float(second.error.mean()))
+    # Half a mean over two elements: the parts' sizes are as 0.3 to 1, before 24 samples meet 8.
+    sizes = [value.square().mean(1).sqrt().mean() for value in (first.difference, weight * second.difference)]
+    assert float(sizes[1] / sizes[0]) == pytest.approx(0.3, rel=1e-4)
+
+
+def test_each_network_has_a_loss_of_its_own() -> None:
+    student, auxiliary = linear(), linear(0.4, 0.1)
+    found = free_flow_losses(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, random(1))
+    assert found.auxiliary is not None
+    assert torch.autograd.grad(found.student, auxiliary.a, allow_unused=True, retain_graph=True)[0] is None
+    assert torch.autograd.grad(found.auxiliary, student.a, allow_unused=True, retain_graph=True)[0] is None
+    assert float(torch.autograd.grad(found.auxiliary, auxiliary.a)[0]) != 0
+
+
+def test_the_auxiliary_network_learns_before_it_corrects() -> None:
+    late = replace(OBJECTIVE, delay=10)
+    found = free_flow_losses(late, linear(), linear(), TEACHER, NOISE, 5, None, random(1))
+    assert found.auxiliary is not None
+    assert found.corrected != found.corrected  # NaN: not asked
+
+
+@pytest.mark.parametrize(("share", "asked"), [(1.0, 32), (0.0, 32)])
+def test_one_part_alone(share: float, asked: int) -> None:
+    teacher = Teacher()
+    alone = replace(OBJECTIVE, share=share)
+    found = free_flow_losses(alone, linear(), None if share else linear(), teacher, NOISE, 0, None, random(1))
+    assert teacher.asked == asked
+    assert (found.auxiliary is None) == (share == 1)
+    if not share:
+        with pytest.raises(ValueError, match="auxiliary network"):
+            free_flow_losses(alone, linear(), None, TEACHER, NOISE, 0)
+
+
+def test_guidance_strengths_are_drawn_and_reach_every_network() -> None:
+    student, auxiliary = linear(), linear()
+    guided = replace(OBJECTIVE, guidance=(1.0, 2.0))
+    labels = torch.arange(32)
+    free_flow_losses(guided, student, auxiliary, TEACHER, NOISE, 0, {"class_labels": labels}, random(1))
+    strengths = student.conditions["guidance"]  # type: ignore[index]
+    assert len(strengths) == 8
+    assert 1 <= float(strengths.min()) < float(strengths.max()) <= 2
+    assert torch.equal(auxiliary.conditions["guidance"], strengths)  # type: ignore[index]
+    assert torch.equal(student.conditions["class_labels"], labels[24:])  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: FreeFlow(share=1.5), "share"),
+        (lambda: FreeFlow(alpha=-1.0), "alpha"),
+        (lambda: FreeFlow(delay=-1), "delay"),
+        (lambda: FreeFlow(guidance=(2.0, 1.0)), "guidance"),
+        (lambda: Prediction(steps=-1), "steps"),
+        (lambda: Prediction(solver="rk4"), "solver"),
+        (lambda: Prediction(power=-0.5), "power"),
+        (lambda: Times(at_zero=2.0), "at_zero"),
+        (lambda: Times(std=-1.0), "std"),
+    ],
+)
+def test_values_out_of_range_are_refused(wrong: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong()  # type: ignore[operator]

@@ -1,0 +1,225 @@
+"""Training of the toys' flow maps: FreeFlow, its two halves, and the rivals of `pitools.objectives.rivals`.
+
+All train the same network on as many noises or data points a step, and count how often the teacher was asked, once for
+each sample.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from pitools.objectives.flow_map import Times, noising_loss
+from pitools.objectives.free_flow import FreeFlow, free_flow_losses
+from pitools.objectives.rivals import (
+    TwoTimes,
+    consistency_loss,
+    jump,
+    mean_flow_loss,
+    progressive_loss,
+    regression_loss,
+)
+from pitools.path import diffuse
+from pitools.training import EMA, DivergenceError, keyed_generator
+from pitools.types import Conditions
+from toys.network import AtOnce, FromNoise, ToyFlowMap
+from toys.targets import Target
+from toys.training import Counted, Outcome
+
+LEAST_TIME = 1e-2
+"""Of MeanFlow's: F = (x_t - x̂)/t."""
+
+
+@dataclass(frozen=True)
+class FlowMapTraining:
+    """Hyperparameters of one flow map.
+
+    steps: optimiser steps.  batch: noises, or data points, a step.  learning_rate: Adam's, warmed up over 50 steps and
+    brought to 0 along a cosine.  teacher_steps: to the end points that regression fits, and of the grid that
+    consistency and progressive distillation start from.  free_flow: the objective of FreeFlow, of its prediction and
+    of its correction alone.  auxiliary_rate: Adam's, of the auxiliary network, constant.  auxiliary_updates: of that
+    network for each of the student's.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    free_flow: FreeFlow
+    teacher_steps: int = 32
+    auxiliary_rate: float = 1e-3
+    auxiliary_updates: int = 1
+    ema_gamma: float = 7.0
+    clip: float = 10.0
+
+
+@dataclass
+class Lesson:
+    """What a method sees in one step; `before` is the network that is not trained."""
+
+    network: ToyFlowMap
+    before: TwoTimes
+    teacher: Counted
+    training: FlowMapTraining
+    generator: torch.Generator
+    conditions: Conditions | None
+
+    @property
+    def _like(self) -> Tensor:
+        return torch.empty(0, device=self.generator.device)
+
+    def noise(self) -> Tensor:
+        shape = self.training.batch, *self.teacher.target.shape
+        return torch.randn(*shape, generator=self.generator, device=self.generator.device)
+
+    def noised(self, t: Tensor) -> Tensor:
+        """Data points of the target, noised up to t `[B]`."""
+        x_0 = self.teacher.target.sample(len(t), self.generator, self.conditions)
+        return diffuse(x_0, self.noise(), t)
+
+    def place(self, count: int) -> tuple[Tensor, Tensor]:
+        """(t, s), `[B]`: the ends of one of `count` even intervals."""
+        device = self.generator.device
+        index = torch.randint(count, (self.training.batch,), generator=self.generator, device=device)
+        return (index + 1) / count, index / count
+
+
+def _regression(lesson: Lesson) -> Tensor:
+    steps = lesson.training.teacher_steps
+    return regression_loss(lesson.network, lesson.teacher, lesson.noise(), steps, lesson.conditions)
+
+
+def _mean_flow(lesson: Lesson) -> Tensor:
+    """MeanFlow's own law of times: two logistic normals, one of four pairs equal."""
+    count = lesson.training.batch
+    both = torch.stack([Times(-0.4, 1.0).draw(count, lesson.generator, lesson._like) for _ in range(2)])
+    t, s = both.amax(0).clamp(min=LEAST_TIME), both.amin(0)
+    equal = torch.rand(count, generator=lesson.generator, device=t.device) < 0.25
+    s = torch.where(equal, t, torch.minimum(s, t))
+    return mean_flow_loss(lesson.network, lesson.teacher, lesson.noised(t), t, s, lesson.conditions)
+
+
+def _consistency(lesson: Lesson) -> Tensor:
+    t, t_next = lesson.place(lesson.training.teacher_steps)
+    x_t = lesson.noised(t)
+    return consistency_loss(lesson.network, _at_zero(lesson.before), lesson.teacher, x_t, t, t_next, lesson.conditions)
+
+
+def _progressive(lesson: Lesson, intervals: int) -> Tensor:
+    t, s = lesson.place(intervals)
+    return progressive_loss(lesson.network, lesson.before, lesson.noised(t), t, s, lesson.conditions)
+
+
+def _at_zero(flow_map: TwoTimes) -> TwoTimes:
+    """The flow map, which at t = 0 has nowhere to go, and no x̂ to divide by t."""
+
+    def ask(x_t: Tensor, t: Tensor, s: Tensor, conditions: Conditions | None = None) -> Tensor:
+        return flow_map(x_t, torch.where(t > 0, t, 1.0), s, conditions)
+
+    return ask
+
+
+RIVALS: Mapping[str, Callable[[Lesson], Tensor]] = MappingProxyType(
+    {"regression": _regression, "meanflow": _mean_flow, "consistency": _consistency}
+)
+SHARES: Mapping[str, float | None] = MappingProxyType({"freeflow": None, "prediction": 1.0, "dmd": 0.0})
+"""The share of a batch that predicts; None is the objective's own."""
+
+METHODS = (*SHARES, *RIVALS, "progressive")
+
+
+def train(
+    method: str,
+    network: ToyFlowMap,
+    target: Target,
+    training: FlowMapTraining,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train `network` in place by one of `METHODS`.
+
+    on_step: told the step (from 1) and its loss.  stopped: asked before each step whether to end early.
+    Raises `ValueError` for an unknown method, and `DivergenceError` at the first loss or gradient that is not finite,
+    before it reaches the weights.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
+    device = next(network.parameters()).device
+    ema, teacher = EMA(network, training.ema_gamma), Counted(target)
+    optimiser = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99))
+    auxiliary = copy.deepcopy(network)
+    auxiliary_optimiser = torch.optim.Adam(auxiliary.parameters(), lr=training.auxiliary_rate, betas=(0.9, 0.99))
+    stages = round(math.log2(training.teacher_steps))
+    before: TwoTimes = teacher
+    share = SHARES.get(method)
+    objective = training.free_flow if share is None else replace(training.free_flow, share=share)
+    for step in range(training.steps):
+        if stopped():
+            break
+        ramp = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / training.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = training.learning_rate * ramp
+        generator = keyed_generator(seed, f"train {method}", step, device)
+        conditions = target.draw_labels(training.batch, generator)
+        lesson = Lesson(network, before, teacher, training, generator, conditions)
+        if method in SHARES:
+            noise, field = lesson.noise(), AtOnce(auxiliary)
+            found = free_flow_losses(objective, FromNoise(network), field, teacher, noise, step, conditions, generator)
+            loss = found.student
+            if found.auxiliary is not None:
+                for update in range(training.auxiliary_updates):
+                    own = found.auxiliary
+                    if update:
+                        own = noising_loss(
+                            field, FromNoise(network), lesson.noise(), objective.r, conditions, generator
+                        ).mean()
+                    own.backward()
+                    auxiliary_optimiser.step()
+                    auxiliary_optimiser.zero_grad(set_to_none=True)
+        elif method == "progressive":
+            stage = min(step * stages // training.steps, stages - 1)
+            if stage and step * stages // training.steps != (step - 1) * stages // training.steps:
+                lesson.before = before = copy.deepcopy(network).requires_grad_(False)
+            loss = _progressive(lesson, training.teacher_steps >> (stage + 1)).mean()
+        else:
+            if method == "consistency":
+                if before is teacher:
+                    before = copy.deepcopy(network).requires_grad_(False)
+                lesson.before = before
+            loss = RIVALS[method](lesson).mean()
+        value = float(loss.detach())
+        if loss.requires_grad:
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), training.clip)
+        if not math.isfinite(value) or not math.isfinite(float(norm)):
+            raise DivergenceError(
+                f"step {step + 1} ({method}): loss {value}, gradient norm {float(norm)}; a lower learning rate may help"
+            )
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        ema.update(network)
+        if method == "consistency":
+            _average(before, network)
+        on_step(step + 1, value)
+    return Outcome(ema, teacher.calls)
+
+
+@torch.no_grad()
+def _average(before: TwoTimes, network: ToyFlowMap, rate: float = 0.95) -> None:
+    """The target network of consistency distillation follows the student's weights."""
+    assert isinstance(before, ToyFlowMap)
+    for mine, its in zip(before.parameters(), network.parameters(), strict=True):
+        mine.lerp_(its, 1 - rate)
+
+
+@torch.no_grad()
+def one_step(network: TwoTimes, noise: Tensor, conditions: Conditions | None = None) -> Tensor:
+    """The end points f(z, 1, 0)."""
+    one = noise.new_ones(len(noise))
+    return jump(network, noise, one, torch.zeros_like(one), conditions)
