@@ -30,6 +30,7 @@ from pitools.path import align, diffuse
 from pitools.types import Conditions, FlowMap, VelocityField
 
 WEIGHT_EPS, BALANCE_EPS = 1e-4, 1e-6
+LEAST = 1e-4  # of r: fields live above 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def correct(
     randomness: Randomness = None,
 ) -> Alignment:
     """The correction objective (Eq. 17) from noise z `[B, ...]`; auxiliary and teacher are asked without a graph."""
-    mean, x_r, r = _noised_samples(flow_map, noise, law, conditions, randomness)
+    mean, _, x_r, r = _noised_samples(flow_map, noise, law, conditions, randomness)
     with torch.no_grad():
         difference = auxiliary.velocity(x_r, r, conditions) - teacher.velocity(x_r, r, conditions)
     return Alignment(_pulled(mean, difference), difference, difference.square().flatten(1).mean(1).sqrt())
@@ -164,11 +165,9 @@ def noising_loss(
 ) -> Tensor:
     """The auxiliary network's loss `[B]` (Eq. 12) on samples of the student, which is asked without a graph."""
     with torch.no_grad():
-        x_0 = noise - flow_map(noise, noise.new_ones(len(noise)), conditions)
-        r = _inside(law.draw(len(noise), randomness, like=noise))
-        n = normal(noise.shape, randomness, like=noise)
-        x_r = diffuse(x_0, n, r)
-    return (n - x_0 - auxiliary.velocity(x_r, r, conditions)).square().flatten(1).mean(1) / 2
+        mean, n, x_r, r = _noised_samples(flow_map, noise, law, conditions, randomness)
+    error = n - (noise - mean) - auxiliary.velocity(x_r, r, conditions)
+    return error.square().flatten(1).mean(1) / 2
 
 
 def balance(alpha: float, predicted: Tensor, corrected: Tensor) -> Tensor:
@@ -196,17 +195,12 @@ def _heun(
 
 def _noised_samples(
     flow_map: FlowMap, noise: Tensor, law: Times, conditions: Conditions | None, randomness: Randomness
-) -> tuple[Tensor, Tensor, Tensor]:
-    """F(z, 1) with its graph; and x_r, r."""
-    one = noise.new_ones(len(noise))
-    mean = flow_map(noise, one, conditions)
-    r = _inside(law.draw(len(noise), randomness, like=noise))
-    return mean, diffuse(noise - mean.detach(), normal(noise.shape, randomness, like=noise), r), r
-
-
-def _inside(r: Tensor) -> Tensor:
-    """Above 0, where fields live."""
-    return r.clamp(min=1e-4)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """F(z, 1) with its graph; and n, x_r, r without one."""
+    mean = flow_map(noise, noise.new_ones(len(noise)), conditions)
+    r = law.draw(len(noise), randomness, like=noise).clamp(min=LEAST)
+    n = normal(noise.shape, randomness, like=noise)
+    return mean, n, diffuse(noise - mean.detach(), n, r), r
 
 
 def _pulled(mean: Tensor, difference: Tensor) -> Tensor:
