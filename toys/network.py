@@ -145,7 +145,8 @@ class ToyFlowMap(nn.Module):
         hidden = nn.functional.silu(hidden)
         for block in self.blocks:
             hidden = hidden + nn.functional.silu(block(hidden))
-        return (x_t - self.outlet(hidden).reshape(x_t.shape)) / align(t, x_t)
+        x_0: Tensor = self.outlet(hidden).reshape(x_t.shape)
+        return (x_t - x_0) / align(t, x_t)
 
 
 @dataclass(frozen=True, eq=False)
