@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pitools.objectives import imitation_loss
 from pitools.objectives.rivals import cloning_loss, teacher_path
 from pitools.path import segments, shift_time
-from pitools.training import EMA, DivergenceError, keyed_generator
+from pitools.training import keyed_generator
 from pitools.types import Conditions
 from toys.network import ToyStudent
 from toys.targets import Target
-from toys.training import Counted, Outcome
+from toys.training import Counted, Learner, Outcome
 
 
 @dataclass(frozen=True)
@@ -59,26 +59,16 @@ def distill(
     Raises `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights.
     """
     device = next(student.parameters()).device
-    ema, teacher = EMA(student, training.ema_gamma), Counted(target)
-    optimiser = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=(0.9, 0.99))
+    teacher = Counted(target)
+    learner = Learner(student, training.steps, training.learning_rate, training.ema_gamma, training.clip)
     for step in range(training.steps):
         if stopped():
             break
-        for group in optimiser.param_groups:
-            group["lr"] = training.learning_rate * _ramp(step, training.steps)
         nfe = nfes[step % len(nfes)]
-        generator = keyed_generator(seed, f"train {nfe}", step, device)
-        loss = _step_losses(student, teacher, nfe, training, generator)
-        norm = nn.utils.clip_grad_norm_(student.parameters(), training.clip)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            raise DivergenceError(
-                f"step {step + 1} ({nfe} NFE): loss {loss}, gradient norm {float(norm)}; a lower learning rate may help"
-            )
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        ema.update(student)
+        loss = _step_losses(student, teacher, nfe, training, keyed_generator(seed, f"train {nfe}", step, device))
+        learner.update(step, loss, f"{nfe} NFE")
         on_step(step + 1, loss)
-    return Outcome(ema, teacher.calls)
+    return Outcome(learner.ema, teacher.calls)
 
 
 def _step_losses(
@@ -133,8 +123,3 @@ def _clone(
     states, slopes = teacher_path(teacher, x, times, conditions)
     loss = cloning_loss(student(x, times[0], conditions), states, slopes, times, student.factorisation)
     return (raw_src - raw_dst) * loss.mean(), states[-1]
-
-
-def _ramp(step: int, steps: int, warmup: int = 50) -> float:
-    """The learning rate's share of its peak: a linear warm-up, then half a cosine."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))

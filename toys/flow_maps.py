@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pitools.objectives.flow_map import Times, noising_loss
 from pitools.objectives.free_flow import FreeFlow, free_flow_losses
@@ -26,11 +26,11 @@ from pitools.objectives.rivals import (
     regression_loss,
 )
 from pitools.path import diffuse
-from pitools.training import EMA, DivergenceError, keyed_generator
+from pitools.training import keyed_generator
 from pitools.types import Conditions
 from toys.network import AtOnce, FromNoise, ToyFlowMap
 from toys.targets import Target
-from toys.training import Counted, Outcome
+from toys.training import Counted, Learner, Outcome
 
 LEAST_TIME = 1e-2
 """Of MeanFlow's: F = (x_t - x̂)/t."""
@@ -151,8 +151,8 @@ def train(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
     device = next(network.parameters()).device
-    ema, teacher = EMA(network, training.ema_gamma), Counted(target)
-    optimiser = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=(0.9, 0.99))
+    teacher = Counted(target)
+    learner = Learner(network, training.steps, training.learning_rate, training.ema_gamma, training.clip)
     auxiliary = copy.deepcopy(network)
     auxiliary_optimiser = torch.optim.Adam(auxiliary.parameters(), lr=training.auxiliary_rate, betas=(0.9, 0.99))
     stages = round(math.log2(training.teacher_steps))
@@ -162,9 +162,6 @@ def train(
     for step in range(training.steps):
         if stopped():
             break
-        ramp = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / training.steps))
-        for group in optimiser.param_groups:
-            group["lr"] = training.learning_rate * ramp
         generator = keyed_generator(seed, f"train {method}", step, device)
         conditions = target.draw_labels(training.batch, generator)
         lesson = Lesson(network, before, teacher, training, generator, conditions)
@@ -196,18 +193,11 @@ def train(
         value = float(loss.detach())
         if loss.requires_grad:
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), training.clip)
-        if not math.isfinite(value) or not math.isfinite(float(norm)):
-            raise DivergenceError(
-                f"step {step + 1} ({method}): loss {value}, gradient norm {float(norm)}; a lower learning rate may help"
-            )
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        ema.update(network)
+        learner.update(step, value, method)
         if method == "consistency":
             _average(before, network)
         on_step(step + 1, value)
-    return Outcome(ema, teacher.calls)
+    return Outcome(learner.ema, teacher.calls)
 
 
 @torch.no_grad()
