@@ -20,8 +20,7 @@ from pitools.rollout import visit
 from pitools.sampling import sample
 from pitools.training import keyed_generator
 from pitools.types import Conditions, Schedule
-from toys.flow_maps import one_step
-from toys.network import ToyFlowMap, ToyStudent
+from toys.network import ToyFlowMap, ToyStudent, one_step
 from toys.targets import Target
 
 ENERGY_POINTS = 4000

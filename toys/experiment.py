@@ -267,7 +267,7 @@ def _train(
     def stopped() -> bool:
         return interrupt.requested
 
-    # One seed for every method: the first noises and the first weights are the same.
+    # All flow maps, and all students of one policy, set out from the same weights.
     generator = keyed_generator(experiment.seed, f"init {policy or 'flow map'}")
     student: ToyStudent | ToyFlowMap
     if policy is None:

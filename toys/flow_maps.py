@@ -7,7 +7,6 @@ each sample.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,7 +19,6 @@ from pitools.objectives.free_flow import FreeFlow, free_flow_losses
 from pitools.objectives.rivals import (
     TwoTimes,
     consistency_loss,
-    jump,
     mean_flow_loss,
     progressive_loss,
     regression_loss,
@@ -45,6 +43,7 @@ class FlowMapTraining:
     consistency and progressive distillation start from.  free_flow: the objective of FreeFlow, of its prediction and
     of its correction alone.  auxiliary_rate: Adam's, of the auxiliary network, constant.  auxiliary_updates: of that
     network for each of the student's.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
+    Raises `ValueError` for teacher steps that cannot be halved down to one jump.
     """
 
     steps: int
@@ -56,6 +55,10 @@ class FlowMapTraining:
     auxiliary_updates: int = 1
     ema_gamma: float = 7.0
     clip: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.teacher_steps < 2 or self.teacher_steps.bit_count() != 1:
+            raise ValueError(f"teacher_steps must be a power of two of at least 2, got {self.teacher_steps}")
 
 
 @dataclass
@@ -155,7 +158,7 @@ def train(
     learner = Learner(network, training.steps, training.learning_rate, training.ema_gamma, training.clip)
     auxiliary = copy.deepcopy(network)
     auxiliary_optimiser = torch.optim.Adam(auxiliary.parameters(), lr=training.auxiliary_rate, betas=(0.9, 0.99))
-    stages = round(math.log2(training.teacher_steps))
+    stages, last_stage = training.teacher_steps.bit_length() - 1, 0
     before: TwoTimes = teacher
     share = SHARES.get(method)
     objective = training.free_flow if share is None else replace(training.free_flow, share=share)
@@ -164,6 +167,10 @@ def train(
             break
         generator = keyed_generator(seed, f"train {method}", step, device)
         conditions = target.draw_labels(training.batch, generator)
+        stage = min(step * stages // training.steps, stages - 1)
+        if (method == "consistency" and step == 0) or (method == "progressive" and stage > last_stage):
+            before = copy.deepcopy(network).requires_grad_(False)
+        last_stage = stage
         lesson = Lesson(network, before, teacher, training, generator, conditions)
         if method in SHARES:
             noise, field = lesson.noise(), AtOnce(auxiliary)
@@ -180,19 +187,11 @@ def train(
                     auxiliary_optimiser.step()
                     auxiliary_optimiser.zero_grad(set_to_none=True)
         elif method == "progressive":
-            stage = min(step * stages // training.steps, stages - 1)
-            if stage and step * stages // training.steps != (step - 1) * stages // training.steps:
-                lesson.before = before = copy.deepcopy(network).requires_grad_(False)
             loss = _progressive(lesson, training.teacher_steps >> (stage + 1)).mean()
         else:
-            if method == "consistency":
-                if before is teacher:
-                    before = copy.deepcopy(network).requires_grad_(False)
-                lesson.before = before
             loss = RIVALS[method](lesson).mean()
         value = float(loss.detach())
-        if loss.requires_grad:
-            loss.backward()
+        loss.backward()
         learner.update(step, value, method)
         if method == "consistency":
             _average(before, network)
@@ -206,10 +205,3 @@ def _average(before: TwoTimes, network: ToyFlowMap, rate: float = 0.95) -> None:
     assert isinstance(before, ToyFlowMap)
     for mine, its in zip(before.parameters(), network.parameters(), strict=True):
         mine.lerp_(its, 1 - rate)
-
-
-@torch.no_grad()
-def one_step(network: TwoTimes, noise: Tensor, conditions: Conditions | None = None) -> Tensor:
-    """The end points f(z, 1, 0)."""
-    one = noise.new_ones(len(noise))
-    return jump(network, noise, one, torch.zeros_like(one), conditions)

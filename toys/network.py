@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pitools.objectives.rivals import TwoTimes
+from pitools.objectives.rivals import TwoTimes, jump
 from pitools.path import align, as_time
 from pitools.policies import GMHead, Head, Outputs, Segment
 from pitools.types import Conditions, Factorisation, Policy, Schedule, Time
@@ -132,7 +132,10 @@ class ToyFlowMap(nn.Module):
             self.outlet.weight.mul_(0.1)
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, conditions: Conditions | None = None) -> Tensor:
-        """F `[B, *shape]` at latents x_t `[B, *shape]`, 0 <= s <= t <= 1 and t > 0, both `[B]`."""
+        """F `[B, *shape]` at latents x_t `[B, *shape]`, 0 <= s <= t <= 1 and t > 0, both `[B]`.
+
+        Raises `ValueError` for a condition that is missing.
+        """
         given = conditions or {}
         flat = x_t.flatten(1)
         hidden = self.inlet(torch.cat([_waves(flat, torch.zeros_like(t)), _embed(t), _embed(s)], dim=1))
@@ -170,6 +173,13 @@ class AtOnce:
         """The velocity at latents x_t, t."""
         times = as_time("t", t, x_t).expand(len(x_t))
         return self.network(x_t, times, times, conditions)
+
+
+@torch.no_grad()
+def one_step(network: TwoTimes, noise: Tensor, conditions: Conditions | None = None) -> Tensor:
+    """The end points f(z, 1, 0) `[B, ...]` from noise z `[B, ...]`."""
+    one = noise.new_ones(len(noise))
+    return jump(network, noise, one, torch.zeros_like(one), conditions)
 
 
 def _waves(x: Tensor, t: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def balance(alpha: float, predicted: Tensor, corrected: Tensor) -> Tensor:
 
 
 def noised(x_t: Tensor, t: Tensor, t_c: Tensor, n: Tensor) -> Tensor:
-    """x_t brought up to the noise level t_c `[B]`, by noise n; as it is where t_c <= t (A.1, confident region)."""
+    """x_t `[B, ...]` brought from t up to t_c, both `[B]`, by noise n; as it is where t_c <= t (A.1)."""
     share = (1 - t_c) / (1 - t).clamp(min=torch.finfo(t.dtype).tiny)
     spread = (t_c.square() - (share * t).square()).clamp(min=0).sqrt()
     return torch.where(align(t_c > t, x_t), align(share, x_t) * x_t + align(spread, x_t) * n, x_t)

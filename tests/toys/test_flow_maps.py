@@ -13,8 +13,8 @@ from torch import Tensor
 from pitools.objectives.flow_map import Prediction
 from pitools.objectives.free_flow import FreeFlow
 from pitools.training import DivergenceError
-from toys.flow_maps import METHODS, FlowMapTraining, one_step, train
-from toys.network import AtOnce, FromNoise, ToyFlowMap
+from toys.flow_maps import METHODS, FlowMapTraining, train
+from toys.network import AtOnce, FromNoise, ToyFlowMap, one_step
 from toys.targets import Target, load_target
 from toys.training import Outcome
 
@@ -97,6 +97,8 @@ def test_a_loss_that_is_not_finite_ends_it_before_the_weights() -> None:
     assert torch.equal(network.outlet.weight, kept)
     with pytest.raises(ValueError, match="freeflow, prediction, dmd"):
         train("freeflo", network, target, SHORT, 0)
+    with pytest.raises(ValueError, match="power of two"):
+        replace(SHORT, teacher_steps=12)
 
 
 def test_training_stops_when_asked() -> None:
