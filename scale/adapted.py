@@ -280,8 +280,6 @@ def add_lora(
 
     On modules without values, on the meta device, it has none, and nothing is drawn.
     """
-    from peft import LoraConfig
-
     unknown = sorted(set(targets) - {name for name, _ in transformer.named_modules()})
     if unknown:
         raise ValueError(f"{type(transformer).__name__} has no module {unknown[0]!r} for LoRA")
@@ -289,18 +287,29 @@ def add_lora(
     remove_lora(transformer)
     if not targets:
         return
-    config = LoraConfig(
+    unread = torch.device("meta") if transformer.proj_out.weight.is_meta else nullcontext()
+    with torch.random.fork_rng(devices=[]), unread:  # peft draws from the global state, and on the CPU unless told
+        transformer.add_adapter(lora_config(lora, targets), ADAPTER)
+    if others:
+        transformer.set_adapter([*others, ADAPTER])
+    start_lora(transformer, generator, dtype)
+
+
+def lora_config(lora: LoRA, targets: Sequence[str]) -> Any:
+    """What peft is told."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank,
         lora_dropout=lora.dropout,
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )
-    unread = torch.device("meta") if transformer.proj_out.weight.is_meta else nullcontext()
-    with torch.random.fork_rng(devices=[]), unread:  # peft draws from the global state, and on the CPU unless told
-        transformer.add_adapter(config, ADAPTER)
-    if others:
-        transformer.set_adapter([*others, ADAPTER])
+
+
+def start_lora(transformer: Any, generator: torch.Generator, dtype: torch.dtype) -> None:
+    """Let nothing but LoRA train, and start it: in `dtype`, drawn from `generator` on the CPU."""
     for name, parameter in transformer.named_parameters():
         if f".{ADAPTER}." not in name:
             parameter.requires_grad_(False)

@@ -1,7 +1,10 @@
-"""The diffusers DiT (Peebles and Xie 2023) as a flow-matching teacher, and as the network of a policy student.
+"""The diffusers DiT (Peebles and Xie 2023) as a flow-matching teacher, and as the network of a student.
 
 Both wrap `DiTTransformer2DModel` and leave its forward pass alone. A student reads the tokens that enter the last
-projection with heads of its own, which start as that projection (`scale.heads`).
+projection with heads of its own, which start as that projection (`scale.heads`). A flow map, which jumps by δ at once,
+and its auxiliary network embed more scalars than the time, which start without effect (FreeFlow, appendix B):
+
+    F(z, δ, c, γ) = transformer(z, embedding(1) + embedding(c) + MLP(δ) + MLP(γ))
 
 A token is a patch of p x p latent pixels, and a factor is one pixel or one whole patch. Within a token, a head's
 channels come pixel slowest, then component, then channel, as in the published ImageNet weights; where the patch is
@@ -11,17 +14,22 @@ the factor, they come component slowest, then the channels of `patchwise`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import skip_init
 
 from pitools.policies import Head, HeadSizes, Outputs
 from pitools.training.random import drawing_from
 from pitools.types import PIXELWISE, Conditions, Factorisation, patchwise
-from scale.adapted import Heads
+from scale.adapted import ADAPTER, Heads, LoRA, lora_config, start_lora
 from scale.heads import Layout, PolicyHeads
 from scale.loading import is_file, pretrained, tensors_of
 
@@ -210,6 +218,23 @@ class DiT:
             timesteps=teacher.timesteps,
         )
 
+    def flow_map(
+        self, teacher: nn.Module, scalars: Sequence[str], generator: torch.Generator, lora: int = 0
+    ) -> DiTFlowMap:
+        """A network with more `scalars` than the time (see `DiTFlowMap`) that starts as a copy of the teacher.
+
+        lora: rank of the LoRA that trains in the place of the copy's own weights, 0 for these.  generator: on the CPU.
+        `ValueError` for another kind of teacher, a negative rank, and scalars that are no names.
+        """
+        if not isinstance(teacher, DiTVelocity):
+            raise ValueError(f"a DiT flow map starts from a DiT teacher, not from a {type(teacher).__name__}")
+        if lora < 0:
+            raise ValueError(f"lora must be a rank, or 0 for none, got {lora}")
+        transformer = copy.deepcopy(teacher.transformer).requires_grad_(True)
+        if lora:
+            _add_lora(transformer, lora, generator)
+        return DiTFlowMap(transformer, scalars, generator, teacher.timesteps)
+
 
 class _Wrapped(nn.Module):
     """A DiT without randomness of its own: labels are dropped by whoever trains it, for each sample once."""
@@ -222,14 +247,17 @@ class _Wrapped(nn.Module):
         self.transformer: Any = transformer
         self.timesteps = timesteps
 
-    def _call(self, x: Tensor, t: Tensor, conditions: Conditions | None) -> Tensor:
+    def _call(self, x: Tensor, t: Tensor, conditions: Conditions | None, added: Tensor | None = None) -> Tensor:
+        """The transformer's answer; added: to its embedding of time and class, `[B, width]`, see `_takes_more`."""
         if conditions is None or "class_labels" not in conditions:
             raise ValueError('a DiT is class-conditional: pass conditions={"class_labels": [B]}')
         patch = self.transformer.config.patch_size
         if x.shape[-1] != x.shape[-2] or x.shape[-1] % patch:
             raise ValueError(f"a DiT takes square latents of whole {patch} x {patch} patches, got {tuple(x.shape)}")
-        labels = conditions["class_labels"]
-        return cast(Tensor, self.transformer(x, timestep=t * self.timesteps, class_labels=labels, return_dict=False)[0])
+        labels, time = conditions["class_labels"], t * self.timesteps
+        if added is not None:
+            time = torch.cat([time.unsqueeze(1), added], 1)
+        return cast(Tensor, self.transformer(x, timestep=time, class_labels=labels, return_dict=False)[0])
 
     def checkpoint_gradients(self) -> None:
         """Recompute the blocks' activations in the backward pass instead of storing them."""
@@ -299,6 +327,122 @@ class DiTPolicy(_Wrapped):
         with torch.no_grad():
             dtype = self.heads.velocities.weight.dtype
             return cast(Tensor, embed(t * self.timesteps, conditions["class_labels"], hidden_dtype=dtype))
+
+
+class DiTFlowMap(_Wrapped):
+    """Latents to a velocity that depends on more scalars than the time: FreeFlow's networks (appendix B).
+
+    A flow map F(z, δ, c, γ) has "delta", in [0, 1], and "guidance", γ, and is asked at t = 1; the auxiliary network
+    g(x_r, r, c, γ) has "guidance" or nothing.  transformer: trained in place.  generator: on the CPU.
+    Raises `ValueError` for scalars that are no names, or are named twice.
+    """
+
+    def __init__(
+        self, transformer: Any, scalars: Sequence[str], generator: torch.Generator, timesteps: float = 1000.0
+    ) -> None:
+        super().__init__(transformer, timesteps)
+        if len(set(scalars)) < len(scalars) or not all(name.isidentifier() for name in scalars):
+            raise ValueError(f'scalars must be different names such as "delta" and "guidance", got {tuple(scalars)}')
+        self.scalars = tuple(scalars)
+        like = transformer.proj_out_1.weight
+        self.embeddings = nn.ModuleDict({name: ScalarEmbedding(like, generator) for name in self.scalars})
+        if self.scalars:
+            _takes_more(block.norm1.emb for block in transformer.transformer_blocks)
+
+    def forward(self, x_t: Tensor, t: Tensor, conditions: Conditions | None = None) -> Tensor:
+        """The velocity `[B, C, H, W]` at latents of that shape, t `[B]`, `class_labels` and each of the scalars `[B]`.
+
+        Scalars may be dual numbers of forward-mode differentiation; the tangent of the answer has no graph.
+        Raises `ValueError` for a scalar that is missing, or of another shape.
+        """
+        values = {name: self._value(name, x_t, conditions) for name in self.scalars}
+        parts = {name: forward_ad.unpack_dual(value) for name, value in values.items()}
+        if all(part.tangent is None for part in parts.values()):
+            return self._velocity(x_t, t, conditions, values)
+        # Apart, as what recomputes a block later sees no dual numbers, and fast attention takes none.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            tangent = forward_ad.unpack_dual(self._velocity(x_t, t, conditions, values)).tangent
+        primals = {name: part.primal for name, part in parts.items()}
+        return cast(Tensor, forward_ad.make_dual(self._velocity(x_t, t, conditions, primals), tangent))
+
+    def _velocity(self, x: Tensor, t: Tensor, conditions: Conditions | None, values: Mapping[str, Tensor]) -> Tensor:
+        added = [self.embeddings[name](value) for name, value in values.items()]
+        return self._call(x, t, conditions, torch.stack(added).sum(0) if added else None)
+
+    @staticmethod
+    def _value(name: str, x: Tensor, conditions: Conditions | None) -> Tensor:
+        value = (conditions or {}).get(name)
+        if not isinstance(value, Tensor) or value.shape != (len(x),):
+            got = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(f'this DiT embeds "{name}": pass it in conditions as a tensor [{len(x)}], got {got}')
+        return value
+
+
+class ScalarEmbedding(nn.Module):
+    """A scalar `[B]` to `[B, width]`: sines and cosines at 256 / 2 frequencies from 1 down, Linear, SiLU, Linear; zero
+    at the start.
+
+    Frequencies are those of time in a SiT, which has it in [0, 1], too; higher ones would make ∂_δ F large.
+    like: a weight `[..., width]` whose dtype and device it takes.
+    """
+
+    FREQUENCIES = 256
+
+    def __init__(self, like: Tensor, generator: torch.Generator) -> None:
+        super().__init__()
+        width, where = like.shape[-1], {"device": like.device, "dtype": like.dtype}
+        # Unlike `nn.Linear` itself, this draws nothing from the global state.
+        self.inner = cast(nn.Linear, skip_init(nn.Linear, self.FREQUENCIES, width, **where))
+        self.outer = cast(nn.Linear, skip_init(nn.Linear, width, width, **where))
+        with torch.no_grad():
+            self.inner.weight.copy_(0.02 * torch.randn(self.inner.weight.shape, generator=generator))  # as DiT's own
+            for value in (self.inner.bias, self.outer.weight, self.outer.bias):
+                nn.init.zeros_(value)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """`[B, width]`, in the weights' dtype, or autocast's."""
+        half = self.FREQUENCIES // 2
+        exact = value.to(torch.promote_types(value.dtype, torch.float32))
+        steps = torch.arange(half, device=value.device, dtype=exact.dtype)
+        angles = exact.unsqueeze(1) * torch.exp(-math.log(1e4) / half * steps)
+        waves = torch.cat([angles.cos(), angles.sin()], 1)
+        return cast(Tensor, self.outer(nn.functional.silu(self.inner(waves.to(self.inner.weight.dtype)))))
+
+
+def _takes_more(embeds: Iterable[nn.Module]) -> None:
+    """Let embeddings of time and class take `[B, 1 + width]` for the time: it, and what to add to their answer.
+
+    So what is added goes the way of the arguments. Nothing is kept between calls, and what recomputes a block in the
+    backward pass sees what the block saw.
+    """
+    for embed in dict.fromkeys(embeds):  # blocks may share one
+        time_proj = cast(nn.Module, embed.time_proj)
+        time_proj.register_forward_pre_hook(_time_alone)
+        embed.register_forward_hook(_with_added)
+
+
+def _time_alone(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    return (arguments[0][:, 0],)
+
+
+def _with_added(module: nn.Module, arguments: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+    return output + arguments[0][:, 1:].to(output.dtype)
+
+
+def _add_lora(transformer: Any, rank: int, generator: torch.Generator) -> None:
+    """LoRA on the linear layers of attention and feed-forward, and nothing else to train."""
+    from peft import inject_adapter_in_model
+
+    targets = [
+        f"transformer_blocks.{i}.{name}"
+        for i in range(len(transformer.transformer_blocks))
+        for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+    ]
+    weight = transformer.proj_out_1.weight
+    unread = torch.device("meta") if weight.is_meta else nullcontext()
+    with torch.random.fork_rng(devices=[]), unread:  # peft draws from the global state
+        inject_adapter_in_model(lora_config(LoRA(rank, dropout=0.0), targets), transformer, ADAPTER)
+    start_lora(transformer, generator, weight.dtype)
 
 
 def share_embedding(transformer: Any) -> None:
