@@ -1,7 +1,10 @@
 """A DiT that embeds more scalars than the time: parity with its teacher, gradients, recomputation, derivatives."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,3 +271,52 @@ def test_what_no_flow_map_can_start_from_is_refused() -> None:
     for wrong in (("delta", "delta"), ("",)):
         with pytest.raises(ValueError, match="scalars must be different names"):
             dit.flow_map(teacher, wrong, generator)
+
+
+WRAPPED = """
+import copy, warnings
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from tests.scale.test_dit import LABELS, T, backbone, latents, shaken
+from tests.scale.test_flow_map import CONDITIONS, ONE, flow_map_of
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+
+def run(module, network):
+    x, other = latents(backbone(), 2), latents(backbone(), 3)
+    first = module(x, ONE, CONDITIONS)
+    second = module(other, ONE, {**LABELS, "delta": ONE, "guidance": ONE * 3})
+    (first.square().sum() + second.pow(3).sum()).backward()
+    gradients = {name: value.grad for name, value in network.named_parameters() if value.grad is not None}
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in gradients.items()}
+
+for lora in (0, 3):
+    plain = flow_map_of(lora=lora)
+    shaken(plain)
+    apart, sharded = copy.deepcopy(plain), copy.deepcopy(plain)
+    expected = run(plain, plain)
+    for network in (apart, sharded):
+        network.checkpoint_gradients()
+    found = [run(nn.parallel.DistributedDataParallel(apart, broadcast_buffers=False), apart)]
+    for module in sharded.shards():
+        fully_shard(module)
+    fully_shard(sharded, reshard_after_forward=True)
+    found.append(run(sharded, sharded))
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-10, atol=1e-10)
+distributed.destroy_process_group()
+print("as unwrapped")
+"""
+
+
+def test_gradients_are_the_same_under_ddp_and_fsdp2() -> None:
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "-c", WRAPPED], cwd=root, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "as unwrapped"
