@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pitools.path import as_time
+from pitools.path import align, as_time
 from pitools.types import Conditions, Time, VelocityField
 
 N = TypeVar("N", bound=nn.Module)
@@ -86,18 +86,20 @@ class Teacher:
         that do not fit the conditions.
         """
         times = as_time("t", t, x_t).expand(len(x_t))
-        guidance = self.guidance
-        if guidance.embedded is not None:
-            conditions = {**(conditions or {}), "guidance": torch.full_like(times, guidance.embedded)}
-        u = self._ask(x_t, times, conditions)
-        if guidance.scale == 1:
-            return u
-        rows = ((times >= guidance.low) & (times <= guidance.high)).nonzero().squeeze(1)
+        if self.guidance.embedded is not None:
+            conditions = {**(conditions or {}), "guidance": torch.full_like(times, self.guidance.embedded)}
+        return self._guided(x_t, times, torch.full_like(times, self.guidance.scale), conditions)
+
+    def _guided(self, x_t: Tensor, t: Tensor, scale: Tensor, conditions: Conditions | None) -> Tensor:
+        """At t and with a scale `[B]` for each sample."""
+        u = self._ask(x_t, t, conditions)
+        rows = ((t >= self.guidance.low) & (t <= self.guidance.high) & (scale != 1)).nonzero().squeeze(1)
         if len(rows) == 0:
             return u
         null = {name: _rows(value, rows, len(x_t)) for name, value in self._null(conditions or {}, x_t).items()}
-        u_null = self._ask(x_t[rows], times[rows], null)
-        return u.index_copy(0, rows, (u_null + guidance.scale * (u[rows] - u_null)).to(u.dtype))
+        u_null = self._ask(x_t[rows], t[rows], null)
+        guided = u_null + align(scale[rows], u_null) * (u[rows] - u_null)
+        return u.index_copy(0, rows, guided.to(u.dtype))
 
     def _ask(self, x_t: Tensor, t: Tensor, conditions: Conditions | None) -> Tensor:
         u = self.network(x_t, t, conditions)
@@ -111,6 +113,34 @@ class Teacher:
         for name, value in (self.null_conditions or {}).items():
             merged[name] = _null_value(name, value, conditions.get(name), x_t)
         return merged
+
+
+@dataclass(frozen=True, eq=False)
+class AnyStrength:
+    """A teacher whose guidance strength γ is a condition, "guidance" `[B]`, in the place of its own scale.
+
+    For students that are to have γ chosen when they sample (FreeFlow, section 4.1). Its interval stays.
+    Raises `ValueError` for a teacher without null conditions, and one that was distilled from guidance.
+    """
+
+    teacher: Teacher
+
+    def __post_init__(self) -> None:
+        if self.teacher.null_conditions is None:
+            raise ValueError("a guidance strength needs null_conditions for the unconditional call, got none")
+        if self.teacher.guidance.embedded is not None:
+            raise ValueError("a teacher that embeds its guidance takes no strength for each sample")
+
+    @torch.no_grad()
+    def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+        """As `Teacher.velocity`. `ValueError` for strengths that are missing or not `[B]`."""
+        given = dict(conditions or {})
+        scale = given.pop("guidance", None)
+        if not isinstance(scale, Tensor) or scale.shape != (len(x_t),):
+            got = "nothing" if scale is None else tuple(scale.shape) if isinstance(scale, Tensor) else repr(scale)
+            raise ValueError(f'conditions["guidance"] must be one strength for each of {len(x_t)} samples, got {got}')
+        times = as_time("t", t, x_t).expand(len(x_t))
+        return self.teacher._guided(x_t, times, scale.to(times), given)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from mixtures import randn, random
 from torch import Tensor, nn
 
-from pitools.guidance import Guidance, Teacher, frozen
+from pitools.guidance import AnyStrength, Guidance, Teacher, frozen
 from pitools.types import Conditions
 
 
@@ -125,6 +125,30 @@ def test_null_conditions_that_do_not_fit_are_refused() -> None:
     for null, message in (({"label": 9}, "label = 9 fills"), ({"label": torch.zeros(4)}, "label must be one sample")):
         with pytest.raises(ValueError, match=message):
             Teacher(Network(), Guidance(2.0), null).velocity(X, T)
+
+
+def test_a_strength_for_each_sample_is_the_formula_and_stays_out_of_the_network() -> None:
+    network = Network()
+    teacher = AnyStrength(Teacher(network, Guidance(7.0, 0.0, 0.7), {"label": 9}))
+    strengths = torch.tensor([1.0, 2.0, 0.5, 0.0, 2.0, 3.0]).double()
+    u = teacher.velocity(X, T, {"label": LABELS, "guidance": strengths})
+    conditional, unconditional = plain(X, T, LABELS), plain(X, T, 9.0)
+    guided = unconditional + strengths[:, None] * (conditional - unconditional)
+    torch.testing.assert_close(u, torch.where((T <= 0.7)[:, None], guided, conditional), rtol=0, atol=1e-12)
+    assert all("guidance" not in (asked[2] or {}) for asked in network.asked)
+    # Where a strength is 1 there is nothing to ask: rows 1 to 3 alone.
+    assert torch.equal(network.asked[1][0], X[1:4])
+
+
+def test_strengths_that_cannot_be_are_refused() -> None:
+    teacher = AnyStrength(Teacher(Network(), null_conditions={"label": 9}))
+    for given in (None, {"guidance": 2.0}, {"guidance": torch.ones(5)}, {"guidance": torch.ones(6, 1)}):
+        with pytest.raises(ValueError, match="one strength for each of 6 samples"):
+            teacher.velocity(X, T, given)
+    with pytest.raises(ValueError, match="needs null_conditions"):
+        AnyStrength(Teacher(Network()))
+    with pytest.raises(ValueError, match="embeds its guidance"):
+        AnyStrength(Teacher(Network(), Guidance(embedded=3.5), {"label": 9}))
 
 
 def test_embedded_guidance_is_one_more_condition_and_no_second_call() -> None:
