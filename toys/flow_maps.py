@@ -14,8 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from pitools.objectives.flow_map import Times, noising_loss
-from pitools.objectives.free_flow import FreeFlow, free_flow_losses
+from pitools.objectives.flow_map import Times
+from pitools.objectives.free_flow import FreeFlow, auxiliary_loss, free_flow_loss
 from pitools.objectives.rivals import (
     TwoTimes,
     consistency_loss,
@@ -173,19 +173,13 @@ def train(
         last_stage = stage
         lesson = Lesson(network, before, teacher, training, generator, conditions)
         if method in SHARES:
-            noise, field = lesson.noise(), AtOnce(auxiliary)
-            found = free_flow_losses(objective, FromNoise(network), field, teacher, noise, step, conditions, generator)
-            loss = found.student
-            if found.auxiliary is not None:
-                for update in range(training.auxiliary_updates):
-                    own = found.auxiliary
-                    if update:
-                        own = noising_loss(
-                            field, FromNoise(network), lesson.noise(), objective.r, conditions, generator
-                        ).mean()
-                    own.backward()
-                    auxiliary_optimiser.step()
-                    auxiliary_optimiser.zero_grad(set_to_none=True)
+            flow_map, field = FromNoise(network), AtOnce(auxiliary)
+            for _ in range(training.auxiliary_updates if objective.share < 1 else 0):
+                auxiliary_loss(objective, field, flow_map, lesson.noise(), conditions, generator).backward()
+                auxiliary_optimiser.step()
+                auxiliary_optimiser.zero_grad(set_to_none=True)
+            noise = lesson.noise()
+            loss = free_flow_loss(objective, flow_map, field, teacher, noise, step, conditions, generator).loss
         elif method == "progressive":
             loss = _progressive(lesson, training.teacher_steps >> (stage + 1)).mean()
         else:

@@ -18,6 +18,7 @@ Norms are means over the elements of a latent. A guidance strength γ is one mor
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -170,10 +171,21 @@ def noising_loss(
     return error.square().flatten(1).mean(1) / 2
 
 
-def balance(alpha: float, predicted: Tensor, corrected: Tensor) -> Tensor:
-    """λ = α E‖Δ_G‖/(E‖Δ_N‖ + ε) (section 5.1) of the differences `[B, ...]`, weighted as they pull."""
-    sizes = [value.square().flatten(1).mean(1).sqrt().mean() for value in (predicted, corrected)]
-    return alpha * sizes[0] / (sizes[1] + BALANCE_EPS)
+def balance(
+    alpha: float,
+    predicted: Tensor,
+    corrected: Tensor,
+    mean: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Tensor:
+    """λ = α E‖Δ_G‖/(E‖Δ_N‖ + ε) (section 5.1) of the differences `[B, ...]`, weighted as they pull.
+
+    mean: over all processes that have a part of the batch.
+    """
+    sizes = [value.square().flatten(1).mean(1).sqrt() for value in (predicted, corrected)]
+    counts = [float(len(size)) for size in sizes]
+    totals = mean(torch.stack([*(size.sum() for size in sizes), *sizes[0].new_tensor(counts)]))
+    means = totals[:2] / totals[2:]
+    return alpha * means[0] / (means[1] + BALANCE_EPS)
 
 
 def noised(x_t: Tensor, t: Tensor, t_c: Tensor, n: Tensor) -> Tensor:

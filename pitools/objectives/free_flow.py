@@ -3,13 +3,15 @@
     L = E_predict + λ E_correct,    λ = α E‖Δ_G‖/(E‖Δ_N‖ + ε),
     α = α_ref clip((n - T_delay)/T_warmup, 0, 1) / √max(n/T_decay, 1)
 
-The batch is split between the two; both terms are means over the whole of it, so that at α = 0.3 and a split of
-75 : 25 the correction's gradient is a tenth of the prediction's. Guidance strengths are drawn from an interval.
+The batch is split between the two, by the place of a sample in it; both terms are means over the whole of it, so that
+at α = 0.3 and a split of 75 : 25 the correction's gradient is a tenth of the prediction's. The auxiliary network is
+trained on the samples of those that correct. Guidance strengths are drawn from an interval.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +29,8 @@ class FreeFlow:
     share: of the batch that predicts; at 1 there is no correction, at 0 nothing else (VSD, or distribution matching).
     r: the law of the correction's times, and of its auxiliary network's.  alpha: α_ref.  delay, correction_warmup,
     decay: T_delay, T_warmup and T_decay in steps; a decay of 0 is none.  guidance: the ends of the interval that γ is
-    drawn from, None for no such condition.
+    drawn from, None for no such condition.  guided_until: the largest t at which guidance acts in the correction (the
+    paper's guidance interval, Table 1c); None for the teacher's own.
     Raises `ValueError` for a value out of range.
     """
 
@@ -39,6 +42,7 @@ class FreeFlow:
     correction_warmup: int = 10_000
     decay: int = 0
     guidance: tuple[float, float] | None = None
+    guided_until: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -50,6 +54,18 @@ class FreeFlow:
                 raise ValueError(f"{name} must be a whole number of at least 0, got {getattr(self, name)}")
         if self.guidance is not None and not 0 <= self.guidance[0] <= self.guidance[1] < math.inf:
             raise ValueError(f"guidance must be an interval of numbers of at least 0, got {self.guidance}")
+        if self.guided_until is not None and not 0 <= self.guided_until <= 1:
+            raise ValueError(f"guided_until must lie in [0, 1], got {self.guided_until}")
+
+    def split(self, rows: range) -> tuple[list[int], list[int]]:
+        """Which of these rows of a step's batch predict, and which correct, as positions among them.
+
+        A row's part depends on its place in the batch alone, and any few rows in succession have about the share.
+        """
+        # Rows 0, 1, 2, ... bring the count of those that predict to the whole part of share, 2 share, 3 share, ...
+        whole = [math.floor(self.share * count + 1e-9) for count in range(rows.start, rows.stop + 1)]
+        steps = [after > before for before, after in zip(whole, whole[1:], strict=False)]
+        return [i for i, each in enumerate(steps) if each], [i for i, each in enumerate(steps) if not each]
 
     def alpha_at(self, step: int) -> float:
         """α at optimiser step `step`, from 0."""
@@ -64,17 +80,16 @@ class FreeFlow:
 
 
 @dataclass(frozen=True)
-class FreeFlowLosses:
-    """student: 0-d, with the student's graph.  auxiliary: 0-d, with that of the auxiliary network, None where nothing
-    corrects.  predicted, corrected: root mean squares of Δ_G and Δ_N, means over their parts of the batch, else NaN."""
+class FreeFlowLoss:
+    """loss: 0-d, with the student's graph.  predicted, corrected: 0-d, means of ½ Δ_G² and ½ Δ_N² over the elements of
+    their parts of the batch, without a graph; NaN for a part that there is not."""
 
-    student: Tensor
-    auxiliary: Tensor | None
-    predicted: float
-    corrected: float
+    loss: Tensor
+    predicted: Tensor
+    corrected: Tensor
 
 
-def free_flow_losses(
+def free_flow_loss(
     objective: FreeFlow,
     flow_map: FlowMap,
     auxiliary: VelocityField | None,
@@ -84,50 +99,79 @@ def free_flow_losses(
     conditions: Conditions | None = None,
     randomness: Randomness = None,
     corrector: VelocityField | None = None,
-) -> FreeFlowLosses:
-    """The losses of optimiser step `step` on noise `[B, ...]`, whose first part predicts and whose rest corrects.
+    rows: range | None = None,
+    mean: Callable[[Tensor], Tensor] = lambda values: values,
+) -> FreeFlowLoss:
+    """The student's loss of optimiser step `step` on noise `[B, ...]`.
 
     corrector: the teacher of the correction, where guidance acts in an interval of its own; else `teacher`.
+    rows: which of the batch these samples are, 0 to B - 1 unless told.  mean: over all processes, for λ.
     Raises `ValueError` where the correction has no auxiliary network.
     """
     batch = len(noise)
-    cut = round(objective.share * batch)
-    if cut < batch and auxiliary is None:
+    predicting, correcting = objective.split(rows or range(batch))
+    alpha = objective.alpha_at(step) if predicting else 1.0
+    if correcting and auxiliary is None:
         raise ValueError("the correction needs an auxiliary network")
-    conditions = dict(conditions or {})
-    if objective.guidance is not None:
-        low, high = objective.guidance
-        conditions["guidance"] = low + (high - low) * uniform([batch], randomness, like=noise)
-    first, rest = (_part(conditions, part, batch) for part in (slice(0, cut), slice(cut, batch)))
-    its, others = _split(randomness, cut)
-    loss, missing = noise.new_zeros(()), math.nan
-    predicted, corrected, weight = missing, missing, torch.as_tensor(1.0)
-    alpha = objective.alpha_at(step) if cut else 1.0
-    if cut:
-        aligned = predict(
-            flow_map, teacher, noise[:cut], objective.prediction, first, objective.confident_at(step), its
-        )
-        loss, predicted = aligned.loss.sum() / batch, float(aligned.error.mean())
-    auxiliary_loss = None
-    if cut < batch and auxiliary is not None:
-        auxiliary_loss = noising_loss(auxiliary, flow_map, noise[cut:], objective.r, rest, others).mean()
-        if alpha > 0:
-            corrector = corrector or teacher
-            found = correct(flow_map, auxiliary, corrector, noise[cut:], objective.r, rest, others)
-            weight = balance(alpha, aligned.difference, found.difference) if cut else weight
-            loss, corrected = loss + weight * found.loss.sum() / batch, float(found.error.mean())
-    return FreeFlowLosses(loss, auxiliary_loss, predicted, corrected)
+    conditions = _with_strengths(objective, noise, conditions, randomness)
+    loss, missing = noise.new_zeros(()), noise.new_full((), math.nan)
+    first, second = None, None
+    if predicting:
+        given, its = _part(conditions, predicting, batch), _own(randomness, predicting)
+        confident = objective.confident_at(step)
+        first = predict(flow_map, teacher, noise[predicting], objective.prediction, given, confident, its)
+        loss = loss + first.loss.sum() / batch
+    if correcting and auxiliary is not None and alpha > 0:
+        given, its = _part(conditions, correcting, batch), _own(randomness, correcting)
+        second = correct(flow_map, auxiliary, corrector or teacher, noise[correcting], objective.r, given, its)
+        weight = balance(alpha, first.difference, second.difference, mean) if first is not None else 1.0
+        loss = loss + weight * second.loss.sum() / batch
+    errors = [missing if part is None else part.error.square().mean() / 2 for part in (first, second)]
+    return FreeFlowLoss(loss, *errors)
 
 
-def _part(conditions: Conditions, part: slice, batch: int) -> Conditions:
-    """The conditions of a part of the batch."""
-    return {
-        name: value[part] if isinstance(value, (Tensor, list)) and len(value) == batch else value
-        for name, value in conditions.items()
-    }
+def auxiliary_loss(
+    objective: FreeFlow,
+    auxiliary: VelocityField,
+    flow_map: FlowMap,
+    noise: Tensor,
+    conditions: Conditions | None = None,
+    randomness: Randomness = None,
+    rows: range | None = None,
+) -> Tensor:
+    """The auxiliary network's loss, 0-d, on the student's samples from those of noise `[B, ...]` that correct."""
+    batch = len(noise)
+    _, correcting = objective.split(rows or range(batch))
+    conditions = _part(_with_strengths(objective, noise, conditions, randomness), correcting, batch)
+    its = _own(randomness, correcting)
+    found = noising_loss(auxiliary, flow_map, noise[correcting], objective.r, conditions, its)
+    return found.sum() / (batch * (1 - objective.share))
 
 
-def _split(randomness: Randomness, cut: int) -> tuple[Randomness, Randomness]:
+def _with_strengths(
+    objective: FreeFlow, noise: Tensor, conditions: Conditions | None, randomness: Randomness
+) -> Conditions:
+    """The conditions with γ drawn, where the objective has an interval of it."""
+    if objective.guidance is None:
+        return conditions or {}
+    low, high = objective.guidance
+    return {**(conditions or {}), "guidance": low + (high - low) * uniform([len(noise)], randomness, like=noise)}
+
+
+def _part(conditions: Conditions, rows: list[int], batch: int) -> Conditions:
+    """The conditions of some rows of the batch."""
+    found: dict[str, object] = {}
+    for name, value in conditions.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+            found[name] = value[rows]
+        elif isinstance(value, list) and len(value) == batch:
+            found[name] = [value[row] for row in rows]
+        else:
+            found[name] = value
+    return found
+
+
+def _own(randomness: Randomness, rows: list[int]) -> Randomness:
     if randomness is None or isinstance(randomness, torch.Generator):
-        return randomness, randomness
-    return randomness[:cut], randomness[cut:]
+        return randomness
+    return [randomness[row] for row in rows]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given as for_all
+from hypothesis import strategies as st
 from mixtures import randn, random
 from torch import Tensor
 
 from pitools import GaussianMixture
-from pitools.objectives.flow_map import Prediction, Times, balance, correct, predict
-from pitools.objectives.free_flow import FreeFlow, free_flow_losses
+from pitools.objectives.flow_map import Prediction, Times, balance, correct, noising_loss, predict
+from pitools.objectives.free_flow import FreeFlow, auxiliary_loss, free_flow_loss
 from pitools.types import Conditions, Time
 
 PRIOR = GaussianMixture(torch.tensor([[0.5, -0.5]]).double(), torch.zeros(1).double(), 0.3)
@@ -69,19 +72,18 @@ def test_confidence_falls_along_a_line() -> None:
 
 def test_the_gradient_is_that_of_both_parts_with_their_balance() -> None:
     student, auxiliary = linear(), linear(0.4, 0.1)
-    found = free_flow_losses(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, random(1))
-    its = torch.autograd.grad(found.student, [student.a, student.b], retain_graph=True)
+    found = free_flow_loss(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, random(1))
+    its = torch.autograd.grad(found.loss, [student.a, student.b])
     # The same draws, in the same order.
     g = random(1)
-    first = predict(student, TEACHER, NOISE[:24], OBJECTIVE.prediction, randomness=g)
-    torch.randn(8, generator=g, dtype=torch.float64)
-    torch.randn(8, 2, generator=g, dtype=torch.float64)
-    second = correct(student, auxiliary, TEACHER, NOISE[24:], OBJECTIVE.r, randomness=g)
+    predicting, correcting = OBJECTIVE.split(range(32))
+    first = predict(student, TEACHER, NOISE[predicting], OBJECTIVE.prediction, randomness=g)
+    second = correct(student, auxiliary, TEACHER, NOISE[correcting], OBJECTIVE.r, randomness=g)
     weight = balance(0.3, first.difference, second.difference)
     expected = torch.autograd.grad((first.loss.sum() + weight * second.loss.sum()) / 32, [student.a, student.b])
     torch.testing.assert_close(its, expected)
-    assert found.predicted == pytest.approx(float(first.error.mean()))
-    assert found.corrected == pytest.approx(float(second.error.mean()))
+    assert float(found.predicted) == pytest.approx(float(first.error.square().mean() / 2))
+    assert float(found.corrected) == pytest.approx(float(second.error.square().mean() / 2))
     # Half a mean over two elements: the parts' sizes are as 0.3 to 1, before 24 samples meet 8.
     sizes = [value.square().mean(1).sqrt().mean() for value in (first.difference, weight * second.difference)]
     assert float(sizes[1] / sizes[0]) == pytest.approx(0.3, rel=1e-4)
@@ -89,42 +91,87 @@ def test_the_gradient_is_that_of_both_parts_with_their_balance() -> None:
 
 def test_each_network_has_a_loss_of_its_own() -> None:
     student, auxiliary = linear(), linear(0.4, 0.1)
-    found = free_flow_losses(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, random(1))
-    assert found.auxiliary is not None
-    assert torch.autograd.grad(found.student, auxiliary.a, allow_unused=True, retain_graph=True)[0] is None
-    assert torch.autograd.grad(found.auxiliary, student.a, allow_unused=True, retain_graph=True)[0] is None
-    assert float(torch.autograd.grad(found.auxiliary, auxiliary.a)[0]) != 0
+    loss = free_flow_loss(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, random(1)).loss
+    own = auxiliary_loss(OBJECTIVE, auxiliary, student, NOISE, None, random(1))
+    assert torch.autograd.grad(loss, auxiliary.a, allow_unused=True, retain_graph=True)[0] is None
+    assert torch.autograd.grad(own, student.a, allow_unused=True, retain_graph=True)[0] is None
+    _, correcting = OBJECTIVE.split(range(32))
+    expected = noising_loss(auxiliary, student, NOISE[correcting], OBJECTIVE.r, randomness=random(1)).mean()
+    torch.testing.assert_close(own, expected)
+    assert float(torch.autograd.grad(own, auxiliary.a)[0]) != 0
 
 
 def test_the_auxiliary_network_learns_before_it_corrects() -> None:
     late = replace(OBJECTIVE, delay=10)
-    found = free_flow_losses(late, linear(), linear(), TEACHER, NOISE, 5, None, random(1))
-    assert found.auxiliary is not None
-    assert found.corrected != found.corrected  # NaN: not asked
+    found = free_flow_loss(late, linear(), linear(), TEACHER, NOISE, 5, None, random(1))
+    assert bool(found.corrected.isnan())  # not asked
+    assert bool(found.loss.isfinite())
 
 
-@pytest.mark.parametrize(("share", "asked"), [(1.0, 32), (0.0, 32)])
-def test_one_part_alone(share: float, asked: int) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_one_part_alone(share: float) -> None:
     teacher = Teacher()
     alone = replace(OBJECTIVE, share=share)
-    found = free_flow_losses(alone, linear(), None if share else linear(), teacher, NOISE, 0, None, random(1))
-    assert teacher.asked == asked
-    assert (found.auxiliary is None) == (share == 1)
+    found = free_flow_loss(alone, linear(), None if share else linear(), teacher, NOISE, 0, None, random(1))
+    assert teacher.asked == 32
+    assert bool(found.predicted.isnan()) == (share == 0)
+    assert bool(found.corrected.isnan()) == (share == 1)
     if not share:
         with pytest.raises(ValueError, match="auxiliary network"):
-            free_flow_losses(alone, linear(), None, TEACHER, NOISE, 0)
+            free_flow_loss(alone, linear(), None, TEACHER, NOISE, 0)
+
+
+@for_all(st.floats(0, 1), st.integers(0, 50), st.integers(1, 40))
+def test_a_row_has_its_part_wherever_the_batch_is_cut(share: float, start: int, count: int) -> None:
+    objective = replace(OBJECTIVE, share=share)
+    predicting, correcting = objective.split(range(start, start + count))
+    assert sorted(predicting + correcting) == list(range(count))
+    assert abs(len(predicting) - share * count) < 1 + 1e-6
+    whole, _ = objective.split(range(start + count))
+    assert [start + row for row in predicting] == [row for row in whole if row >= start]
+
+
+def test_the_loss_does_not_depend_on_how_the_batch_is_cut() -> None:
+    """As on two processes: each has half of the rows, and all agree on λ."""
+    student, auxiliary = linear(), linear(0.4, 0.1)
+    keys = [random(100 + row) for row in range(32)]
+    whole = free_flow_loss(OBJECTIVE, student, auxiliary, TEACHER, NOISE, 0, None, keys).loss
+
+    sums: list[Tensor] = []
+
+    def half(rows: range, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        mine = [random(100 + row) for row in rows]
+        part = slice(rows.start, rows.stop)
+        return free_flow_loss(
+            OBJECTIVE, student, auxiliary, TEACHER, NOISE[part], 0, None, mine, rows=rows, mean=mean
+        ).loss
+
+    halves = (range(13), range(13, 32))  # uneven
+    for rows in halves:
+        half(rows, lambda own: (sums.append(own), own)[1])
+    together = torch.stack(sums).mean(0)
+    parts = [half(rows, lambda own: together) * len(rows) for rows in halves]
+    torch.testing.assert_close(sum(parts) / 32, whole, rtol=1e-12, atol=0)
+    apart = [half(rows, lambda own: own) * len(rows) for rows in halves]
+    assert not torch.allclose(sum(apart) / 32, whole, rtol=1e-6)  # type: ignore[arg-type]
 
 
 def test_guidance_strengths_are_drawn_and_reach_every_network() -> None:
     student, auxiliary = linear(), linear()
     guided = replace(OBJECTIVE, guidance=(1.0, 2.0))
     labels = torch.arange(32)
-    free_flow_losses(guided, student, auxiliary, TEACHER, NOISE, 0, {"class_labels": labels}, random(1))
-    strengths = student.conditions["guidance"]  # type: ignore[index]
-    assert len(strengths) == 8
-    assert 1 <= float(strengths.min()) < float(strengths.max()) <= 2
-    assert torch.equal(auxiliary.conditions["guidance"], strengths)  # type: ignore[index]
-    assert torch.equal(student.conditions["class_labels"], labels[24:])  # type: ignore[index]
+    given = {"class_labels": labels}
+    _, correcting = guided.split(range(32))
+    for loss in (
+        lambda: free_flow_loss(guided, student, auxiliary, TEACHER, NOISE, 0, given, random(1)).loss,
+        lambda: auxiliary_loss(guided, auxiliary, student, NOISE, given, random(1)),
+    ):
+        loss()
+        strengths = student.conditions["guidance"]  # type: ignore[index]
+        assert len(strengths) == 8
+        assert 1 <= float(strengths.min()) < float(strengths.max()) <= 2
+        assert torch.equal(auxiliary.conditions["guidance"], strengths)  # type: ignore[index]
+        assert torch.equal(student.conditions["class_labels"], labels[correcting])  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +181,7 @@ def test_guidance_strengths_are_drawn_and_reach_every_network() -> None:
         (lambda: FreeFlow(alpha=-1.0), "alpha"),
         (lambda: FreeFlow(delay=-1), "delay"),
         (lambda: FreeFlow(guidance=(2.0, 1.0)), "guidance"),
+        (lambda: FreeFlow(guided_until=1.5), "guided_until"),
         (lambda: Prediction(steps=-1), "steps"),
         (lambda: Prediction(solver="rk4"), "solver"),
         (lambda: Prediction(power=-0.5), "power"),
