@@ -2,6 +2,8 @@
 
 from pitools.policies.dx import DXHead as DXHead
 from pitools.policies.dx import DXPolicy as DXPolicy
+from pitools.policies.flow_map import FlowMapStudent as FlowMapStudent
+from pitools.policies.flow_map import NetworkFlowMap as NetworkFlowMap
 from pitools.policies.gm import GMHead as GMHead
 from pitools.policies.gm import GMPolicy as GMPolicy
 from pitools.policies.head import Head as Head
