@@ -39,7 +39,8 @@ class StepRecord:
     """One optimiser step.
 
     step: 1, 2, ...  gradient_norm: before clipping.  seconds: of the whole step; network_seconds and
-    policy_seconds: those parts of it.  memory_bytes: the peak so far, as from `peak_memory`.
+    policy_seconds: those parts of it.  memory_bytes: the peak so far, as from `peak_memory`.  auxiliary_loss: of a
+    helper's network, None without one.
     """
 
     step: int
@@ -50,6 +51,7 @@ class StepRecord:
     network_seconds: float = 0.0
     policy_seconds: float = 0.0
     memory_bytes: int = 0
+    auxiliary_loss: float | None = None
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:
@@ -77,6 +79,7 @@ class Window:
     network_seconds: float = 0.0
     policy_seconds: float = 0.0
     memory_bytes: int = 0
+    auxiliary_loss: float | None = None
 
     def added(self, record: StepRecord) -> Window:
         """The window with one more step."""
@@ -90,13 +93,18 @@ class Window:
             network_seconds=self.network_seconds + record.network_seconds,
             policy_seconds=self.policy_seconds + record.policy_seconds,
             memory_bytes=max(self.memory_bytes, record.memory_bytes),
+            auxiliary_loss=(
+                None if record.auxiliary_loss is None else (self.auxiliary_loss or 0.0) + record.auxiliary_loss
+            ),
         )
 
     def line(self) -> dict[str, int | float]:
         """What log.jsonl says of the window: means for a step, times in seconds."""
+        helped = {} if self.auxiliary_loss is None else {"auxiliary_loss": self.auxiliary_loss / self.steps}
         return {
             "step": self.step,
             "loss": self.loss / self.steps,
+            **helped,
             "learning_rate": self.learning_rate,
             "gradient_norm": self.gradient_norm / self.steps,
             "seconds_per_step": self.seconds / self.steps,
@@ -226,7 +234,8 @@ class RunLog:
             self._lines.flush()
         if self._writer is not None:
             for tag, key in SCALARS.items():
-                self._writer.add_scalar(tag, line[key], int(line["step"]))
+                if key in line:
+                    self._writer.add_scalar(tag, line[key], int(line["step"]))
 
     def _show(self, record: StepRecord, full: bool) -> None:
         memory = f"  {record.memory_bytes / 2**20:.0f} MiB" if record.memory_bytes else ""
@@ -246,6 +255,7 @@ class RunLog:
 
 SCALARS = {
     "loss": "loss",
+    "auxiliary_loss": "auxiliary_loss",
     "learning_rate": "learning_rate",
     "gradient_norm": "gradient_norm",
     "seconds/network": "network_seconds",

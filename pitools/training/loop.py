@@ -1,9 +1,11 @@
 """The training loop. A step from top to bottom:
 
-    for each accumulation step:  rows of the global batch -> data and draws keyed by (seed, step, row)
-        for each part of the loss:  forward, backward
-    one reduction: losses, and whether to stop -> check that everything is finite
-    clip, optimiser step, EMA, log; now and then a checkpoint or a sheet of samples
+    a turn of the job's helper, if it has one, and one of its own:
+        for each accumulation step:  rows of the global batch -> data and draws keyed by (seed, step, row)
+            for each part of the loss:  forward, backward
+        one reduction: losses, and whether to stop -> check that everything is finite
+        clip, optimiser step
+    EMA, log; now and then a checkpoint or a sheet of samples
 
 Every number of a step is a function of the recipe and the step, so that a run which goes on from a checkpoint
 ends with the same bits.
@@ -96,25 +98,21 @@ def train(
     that are not, before they are saved; `Stopped` after a signal, with everything saved; `CheckpointError` where
     nothing can be saved, naming the last good checkpoint.
     """
-    rows = engine.rows(section.batch, section.accumulation)
-    network, plain = engine.prepare(job.network), job.network
-    plain.train()
-    named = [(key, value) for key, value in plain.named_parameters() if value.requires_grad]
-    optimiser = build_optimiser(section.optimiser, plain.parameters(), sharded=engine.sharded)
+    own = _trainee(job, section.optimiser, name, engine)
+    trainees, updates, plain = [own], 0, job.network
+    if job.helper is not None:
+        helper, updates = job.helper, job.helper.updates
+        trainees.append(_trainee(helper.job, helper.optimiser, f"{name} {helper.name}", engine, f"{helper.name}-"))
     ema_device = None if section.ema_device == "own" else section.ema_device
     ema = EMA(plain, section.ema_gamma, EMA_DTYPES[section.ema_dtype], ema_device)
     checkpoints = folder / "checkpoints"
-    start, log_state = _resume(checkpoints, named, optimiser, ema, engine, console)
+    start, log_state = _resume(checkpoints, trainees, ema, engine, console)
     if not engine.agreed(start):
         raise CheckpointError(f"the processes see other checkpoints in {checkpoints}; it must be a folder they share")
 
-    finite: list[Tensor] = []  # flags of the network's last answer, which nobody waits for unless something fails
-
-    def call(x: Tensor, t: Tensor, conditions: Mapping[str, object] | None = None) -> object:
-        answer = engine.call(network, x, t, conditions)
-        finite[:] = [value.detach().isfinite().all() for value in (answer if isinstance(answer, tuple) else (answer,))]
-        return answer
-
+    run = _Run(section, data, seed, engine, checkpoints)
+    finite: list[Tensor] = []
+    averaged = _watched(own.network, engine, finite)
     with _writing(folder / "log.jsonl", checkpoints):
         log = RunLog(
             folder if engine.main else None,
@@ -129,38 +127,17 @@ def train(
     with _closed(log, folder / "log.jsonl", checkpoints), graceful_interrupt() as interrupt:
         for step in range(start, section.steps):
             clock = Clock(engine.device)
-            losses: list[Tensor] = []
-            places: list[Callable[[], str]] = []
-            for micro, own in enumerate(rows):
-                batch = _batch(data, seed, name, step, section.batch, own, engine)
-                computed = job.losses(call, step, batch, clock)
-                for index, part in enumerate(job.parts):
-                    last = micro == len(rows) - 1 and index == len(job.parts) - 1
-                    with engine.syncing(network, last):
-                        where = f"{name}, step {step + 1}, {part}"
-                        with _answered(finite, where, checkpoints), clock.forward():
-                            share = next(computed)
-                            loss = share.loss / len(rows)
-                        with clock.backward():
-                            loss.backward()
-                    losses.append(loss.detach())
-                    places.append(share.where)
-
-            *values, stop = engine.mean(torch.stack([*losses, _flag(interrupt, engine.device)])).tolist()
-            norm = _clipped([value for _, value in named], clip_at(section.optimiser, step))
-            if not all(map(math.isfinite, [*values, norm])):
-                raise _diverged(name, step, values, [place() for place in places], norm, checkpoints)
-            rate = learning_rate_at(section.optimiser, step, section.steps)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            helped: float | None = None
+            for update in range(updates):
+                helped = _turn(run, trainees[-1], step, f" {update}", clock, interrupt).loss
+            last = _turn(run, own, step, "", clock, interrupt)
             ema.update(plain)
 
             done, seconds = step + 1, clock.seconds
             memory = peak_memory(engine.device)
             with _writing(folder / "log.jsonl", checkpoints):
-                log.record(StepRecord(done, sum(values), rate, norm, seconds, clock.network, clock.policy, memory))
+                told = (last.loss, last.rate, last.norm, seconds, clock.network, clock.policy, memory, helped)
+                log.record(StepRecord(done, *told))
             due = section.sheet_every and (done % section.sheet_every == 0 or done == section.steps)
             if draw_sheet is not None and due:
                 sheet = folder / "samples" / f"step-{done:06d}.png"
@@ -168,28 +145,124 @@ def train(
                 with _answered(finite, where, checkpoints), _writing(sheet, checkpoints), ema.applied(plain):
                     plain.eval()
                     with torch.no_grad():
-                        draw_sheet(call, sheet if engine.main else None)
+                        draw_sheet(averaged, sheet if engine.main else None)
                     plain.train()
                     log.image("samples", sheet, done)
-            if stop or done == section.steps or done % section.checkpoint_every == 0:
-                _save(checkpoints, name, done, section.keep, named, optimiser, ema, log, engine)
-            if stop and done < section.steps:
+            if last.stop or done == section.steps or done % section.checkpoint_every == 0:
+                _save(run, name, done, trainees, ema, log)
+            if last.stop and done < section.steps:
                 raise _stopped(name, done, section.steps, interrupt)
         if start == section.steps:
             # Killed right after its last checkpoint: written again, it clears away what the kill left of older ones.
-            _save(checkpoints, name, start, section.keep, named, optimiser, ema, log, engine)
+            _save(run, name, start, trainees, ema, log)
         # A signal during the last step must not be lost on what comes after this training.
         if engine.mean(_flag(interrupt, engine.device)).item():
             raise _stopped(name, section.steps, section.steps, interrupt)
     return checkpoint.taken(ema.averages)
 
 
-def _batch(data: Data, seed: int, name: str, step: int, size: int, rows: range, engine: Engine) -> Batch:
-    latents, conditions = data.batch(_indices(data, seed, step, size, rows))
+@dataclass(frozen=True)
+class _Run:
+    """What all turns of a training have in common."""
+
+    section: Training
+    data: Data
+    seed: int
+    engine: Engine
+    checkpoints: Path
+
+
+@dataclass(frozen=True)
+class _Trainee:
+    """A job, its network as the processes share it, and its optimiser. files: what its files of a checkpoint begin
+    with."""
+
+    job: Job
+    name: str
+    network: nn.Module
+    named: list[tuple[str, nn.Parameter]]
+    section: Optimiser
+    optimiser: torch.optim.Optimizer
+    files: str
+
+
+def _trainee(job: Job, section: Optimiser, name: str, engine: Engine, files: str = "") -> _Trainee:
+    network, plain = engine.prepare(job.network), job.network
+    plain.train()
+    named = [(key, value) for key, value in plain.named_parameters() if value.requires_grad]
+    optimiser = build_optimiser(section, plain.parameters(), sharded=engine.sharded)
+    return _Trainee(job, name, network, named, section, optimiser, files)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """What a turn came to. stop: whether the processes agreed to stop."""
+
+    loss: float
+    rate: float
+    norm: float
+    stop: bool
+
+
+def _turn(run: _Run, trainee: _Trainee, step: int, update: str, clock: Clock, interrupt: Interrupt) -> _Turn:
+    """One update of a network; `update` tells those of a step apart."""
+    section, engine, job, name = run.section, run.engine, trainee.job, trainee.name
+    finite: list[Tensor] = []  # flags of the network's last answer, which nobody waits for unless something fails
+    call = _watched(trainee.network, engine, finite)
+    losses: list[Tensor] = []
+    told: list[Tensor] = []
+    places: list[Callable[[], str]] = []
+    rows = engine.rows(section.batch, section.accumulation)
+    for micro, own in enumerate(rows):
+        batch = _batch(run, job, f"{name}{update}", step, own)
+        computed = job.losses(call, step, batch, clock)
+        for index, part in enumerate(job.parts):
+            last = micro == len(rows) - 1 and index == len(job.parts) - 1
+            with engine.syncing(trainee.network, last):
+                where = f"{name}, step {step + 1}, {part}"
+                with _answered(finite, where, run.checkpoints), clock.forward():
+                    share = next(computed)
+                    loss = share.loss / len(rows)
+                with clock.backward():
+                    loss.backward()
+            losses.append(loss.detach())
+            told.append(losses[-1] if share.told is None else share.told.detach() / len(rows))
+            places.append(share.where)
+
+    *means, stop = engine.mean(torch.stack([*losses, *told, _flag(interrupt, engine.device)])).tolist()
+    values, shown = means[: len(losses)], means[len(losses) :]
+    norm = _clipped([value for _, value in trainee.named], clip_at(trainee.section, step))
+    if not all(map(math.isfinite, [*values, norm])):
+        raise _diverged(name, step, values, [place() for place in places], norm, run.checkpoints)
+    rate = learning_rate_at(trainee.section, step, section.steps)
+    for group in trainee.optimiser.param_groups:
+        group["lr"] = rate
+    trainee.optimiser.step()
+    trainee.optimiser.zero_grad(set_to_none=True)
+    return _Turn(sum(shown), rate, norm, bool(stop))
+
+
+def _watched(network: nn.Module, engine: Engine, finite: list[Tensor]) -> Call:
+    """The network as the engine calls it, which notes in `finite` whether its last answer was."""
+
+    def call(x: Tensor, t: Tensor, conditions: Mapping[str, object] | None = None) -> object:
+        answer = engine.call(network, x, t, conditions)
+        finite[:] = [value.detach().isfinite().all() for value in (answer if isinstance(answer, tuple) else (answer,))]
+        return answer
+
+    return call
+
+
+def _batch(run: _Run, job: Job, name: str, step: int, rows: range) -> Batch:
+    seed, data, engine = run.seed, run.data, run.engine
     generators = sample_generators(seed, f"train {name}", step, rows)
+    if job.reads_data:
+        latents, conditions = data.batch(_indices(data, seed, step, run.section.batch, rows))
+    else:
+        latents, conditions = torch.empty(len(rows), *data.shape), {}
     # Modules draw from torch's global state, as dropout does: it is keyed by the first row, for all of them.
     torch.manual_seed(keyed_generator(seed, f"modules {name}", step, sample=rows.start).initial_seed())
-    return Batch(latents.to(engine.device), to_device(conditions, engine.device), generators)
+    return Batch(latents.to(engine.device), to_device(conditions, engine.device), generators, rows)
 
 
 def _indices(data: Data, seed: int, step: int, size: int, rows: range) -> Sequence[int]:
@@ -269,18 +342,10 @@ def _diverged(
     )
 
 
-def _save(
-    folder: Path,
-    name: str,
-    step: int,
-    keep: int,
-    named: list[tuple[str, nn.Parameter]],
-    optimiser: torch.optim.Optimizer,
-    ema: EMA,
-    log: RunLog,
-    engine: Engine,
-) -> None:
+def _save(run: _Run, name: str, step: int, trainees: Sequence[_Trainee], ema: EMA, log: RunLog) -> None:
     # A finite gradient can still be too large a step; the next loss would tell, but after this checkpoint.
+    engine, folder = run.engine, run.checkpoints
+    named = [(trainee.files + key, value) for trainee in trainees for key, value in trainee.named]
     bad = next((key for key, value in named if not bool(local(value.detach()).isfinite().all())), None)
     for key in engine.on_each(lambda: bad):
         if key is not None:
@@ -289,22 +354,16 @@ def _save(
                 "A lower learning rate may help"
             )
     form = engine.section.checkpoints if engine.sharded else "consolidated"
-    tensors = {
-        "model": checkpoint.taken(dict(named), form),
-        "ema": checkpoint.taken(ema.state_dict(), form),
-        "optimiser": checkpoint.optimiser_tensors(optimiser, named, form),
-    }
+    tensors: dict[str, Mapping[str, Tensor]] = {"ema": checkpoint.taken(ema.state_dict(), form)}
+    for trainee in trainees:
+        tensors[f"{trainee.files}model"] = checkpoint.taken(dict(trainee.named), form)
+        tensors[f"{trainee.files}optimiser"] = checkpoint.optimiser_tensors(trainee.optimiser, trainee.named, form)
     with _writing(folder, folder):
-        checkpoint.save(folder, step, tensors, {"log": log.state()}, keep, form, engine)
+        checkpoint.save(folder, step, tensors, {"log": log.state()}, run.section.keep, form, engine)
 
 
 def _resume(
-    folder: Path,
-    named: list[tuple[str, nn.Parameter]],
-    optimiser: torch.optim.Optimizer,
-    ema: EMA,
-    engine: Engine,
-    console: Console,
+    folder: Path, trainees: Sequence[_Trainee], ema: EMA, engine: Engine, console: Console
 ) -> tuple[int, Mapping[str, object] | None]:
     """The step to go on from, and the log's state there; 0 and None for a new run."""
     refused: list[Exception] = []
@@ -314,13 +373,16 @@ def _resume(
             console.print(f"Refused: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if found is None:
         return 0, None
-    weights = found.tensors["model"]
-    checkpoint.check_keys(f"the model in {found.path}", [key for key, _ in named], weights)
-    with torch.no_grad():
-        for key, parameter in named:
-            parameter.copy_(checkpoint.placed(weights[key], parameter, key))
+    files = {"ema", *(trainee.files + kind for trainee in trainees for kind in ("model", "optimiser"))}
+    checkpoint.check_keys(f"the files of {found.path}", files, found.tensors)
+    for trainee in trainees:
+        weights = found.tensors[f"{trainee.files}model"]
+        checkpoint.check_keys(f"the {trainee.files}model in {found.path}", [key for key, _ in trainee.named], weights)
+        with torch.no_grad():
+            for key, parameter in trainee.named:
+                parameter.copy_(checkpoint.placed(weights[key], parameter, key))
+        checkpoint.restore_optimiser(trainee.optimiser, trainee.named, found.tensors[f"{trainee.files}optimiser"])
     ema.load_state_dict(found.tensors["ema"])
-    checkpoint.restore_optimiser(optimiser, named, found.tensors["optimiser"])
     if engine.main:
         console.print(f"Going on from {found.path}", markup=False, highlight=False, soft_wrap=True)
     return found.step, found.meta["log"]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from pitools.training.clock import Clock
 from pitools.training.data import data_indices
 from pitools.training.engine import Engine, EngineSection
 from pitools.training.errors import CheckpointError, DivergenceError, Stopped
-from pitools.training.jobs import Batch, Call, Part
+from pitools.training.jobs import Batch, Call, Helper, Part
 from pitools.training.loop import Training, train
 from pitools.training.optimiser import Optimiser, learning_rate_at
 from pitools.training.random import sample_generators
@@ -53,7 +53,9 @@ class Regression:
 
     network: nn.Module
     parts: Sequence[str] = ("part 1 of 2", "part 2 of 2")
+    reads_data: ClassVar[bool] = True
     spoil: Callable[[int, int, Tensor], Tensor] = lambda step, index, loss: loss
+    helper: Helper | None = None
 
     def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
         for index in range(len(self.parts)):
@@ -121,7 +123,9 @@ def written_out(section: Training) -> tuple[Network, dict[str, Tensor], list[flo
         latents, conditions = Points().batch(indices)
         total = 0.0
         clock = Clock(torch.device("cpu"))
-        for part in Regression(network).losses(network, step, Batch(latents, conditions, randomness), clock):
+        for part in Regression(network).losses(
+            network, step, Batch(latents, conditions, randomness, range(section.batch)), clock
+        ):
             part.loss.backward()
             total += float(part.loss.detach())
         norm = torch.stack([value.grad.norm() for value in trained.values() if value.grad is not None]).norm()
