@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class FreeFlow:
         """
         # Rows 0, 1, 2, ... bring the count of those that predict to the whole part of share, 2 share, 3 share, ...
         whole = [math.floor(self.share * count + 1e-9) for count in range(rows.start, rows.stop + 1)]
-        steps = [after > before for before, after in zip(whole, whole[1:], strict=False)]
+        steps = [after > before for before, after in pairwise(whole)]
         return [i for i, each in enumerate(steps) if each], [i for i, each in enumerate(steps) if not each]
 
     def alpha_at(self, step: int) -> float:

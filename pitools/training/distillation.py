@@ -14,7 +14,7 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,15 +27,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from pitools.guidance import Conditioned, Teacher, frozen
-from pitools.policies import NetworkStudent
-from pitools.rollout import integrate
+from pitools.guidance import Teacher, frozen
+from pitools.policies import NetworkStudent, Outputs
 from pitools.sampling import sample
 from pitools.training.checkpoint import check_keys, placed, read_tensors, write_json, write_tensors
 from pitools.training.config import RecipeError, to_toml
-from pitools.training.data import Evaluation, OnChunk, Ordered, to_device
+from pitools.training.data import Evaluation, OnChunk, Ordered
 from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError, DivergenceError
+from pitools.training.flow_maps import MapMember, build_auxiliary, build_map, map_members, map_student, train_map
 from pitools.training.interrupt import stopping
 from pitools.training.jobs import Call, Distillation, FlowMatching
 from pitools.training.lock import locked
@@ -49,9 +49,10 @@ from pitools.training.memory import (
     state_bytes,
     weight_bytes,
 )
-from pitools.training.random import keyed_generator, sample_generators
+from pitools.training.random import keyed_generator
 from pitools.training.recipe import Plan, StudentSection, changed_keys
-from pitools.types import Conditions
+from pitools.training.sheets import Sheet
+from pitools.types import Conditions, Student
 
 SHEET = 20
 """Images in a row of samples.png."""
@@ -80,6 +81,11 @@ def members(plan: Plan) -> list[Member]:
         for name, section in plan.recipe.students.items()
         for nfe in section.nfe
     ]
+
+
+def all_members(plan: Plan) -> list[Member | MapMember]:
+    """The students and the flow maps that a recipe asks for, in order."""
+    return [*members(plan), *map_members(plan)]
 
 
 def distill(plan: Plan, console: Console) -> None:
@@ -114,7 +120,11 @@ def distill(plan: Plan, console: Console) -> None:
                 # The student before has sharded its teacher's weights, where it shares them: they are read anew.
                 teacher_network = _teacher(plan, _new_teacher(plan, sharded=True), engine, console)
                 teacher = replace(teacher, network=partial(engine.call, teacher_network))
-            _student(plan, member, teacher_network, teacher, engine, console)
+            if not _is_there(member, engine, console):
+                _student(plan, member, teacher_network, teacher, engine, console)
+        for flow_map in map_members(plan):
+            if not _is_there(flow_map, engine, console):
+                train_map(plan, flow_map, teacher_network, teacher, engine, console)
         engine.on_main(lambda: _finish(plan, teacher, teacher_network, engine, start, console))
 
 
@@ -124,11 +134,11 @@ def _finish(
     """Compare the students with the teacher, where the data says how, and write what the folder still lacks."""
     evaluation = plan.data.evaluation(teacher, engine.device)
     if evaluation is None:
-        results: dict[str, Any] = {"students": [_row(plan, member) for member in members(plan)]}
+        results: dict[str, Any] = {"students": [_row(plan, member) for member in all_members(plan)]}
         written = "metrics.json, recipe.toml, weights, sheets"
     else:
         with show_comparison(console) as progress:
-            results, rows = _compare(plan, evaluation, teacher_network, engine, progress)
+            results, rows = _compare(plan, evaluation, teacher, teacher_network, engine, progress)
         sheet = plan.out / "samples.png"
         try:
             plan.data.draw_sheet(sheet, [(title, images[:SHEET]) for title, images in rows])
@@ -169,7 +179,55 @@ def describe(plan: Plan) -> str:
             f"{_mib(memory.training)}, passes of the networks {_mib(memory.network)}, the policy and its loss "
             f"{_mib(memory.policy)}"
         )
+    for flow_map in map_members(plan):
+        network = build_map(plan, flow_map, teacher)
+        auxiliary = build_auxiliary(plan, flow_map, teacher)
+        trained = sum(value.numel() for value in network.parameters())
+        beside = sum(v.numel() for v in auxiliary.parameters() if v.requires_grad) if auxiliary is not None else 0
+        memory = estimate_map(plan, flow_map, network, auxiliary, teacher, stored)
+        lines.append(
+            f"# {flow_map.label}: {trained:,} trained parameters, and {beside:,} of the auxiliary network; on one process "
+            f"about {_mib(memory.total)} at once: all weights {_mib(memory.weights)}, gradients, optimisers, EMA "
+            f"{_mib(memory.training)}, passes of the networks {_mib(memory.network)}"
+        )
     return "\n".join(lines)
+
+
+def estimate_map(
+    plan: Plan,
+    member: MapMember,
+    network: nn.Module,
+    auxiliary: nn.Module | None,
+    teacher: nn.Module,
+    stored: StoredBytes = plain_bytes,
+) -> Memory:
+    """As `estimate`, of a flow map and the auxiliary network that is trained beside it."""
+    training, engine = plan.recipe.training, plan.recipe.engine
+    both = [(network, training.optimiser)]
+    if auxiliary is not None:
+        both.append((auxiliary, member.section.auxiliary.optimiser))
+    weights = weight_bytes([teacher, *(each for each, _ in both)], stored)
+    states = averages = 0
+    for each, optimiser in both:
+        trained = [value for value in each.parameters() if value.requires_grad]
+        states += sum(state_bytes(optimiser, value) + plain_bytes("", value) for value in trained)
+    if training.ema_device == "own" or engine.device == "cpu":
+        dtype = EMA_DTYPES[training.ema_dtype]
+        averages = sum(value.numel() * (dtype or value.dtype).itemsize for value in network.parameters())
+    at_once = training.batch // training.accumulation
+    one = torch.zeros(at_once)
+    conditions = {"class_labels": one.long(), "delta": one, "guidance": one}
+    latents = torch.zeros(1, *plan.data.shape).expand(at_once, *plan.data.shape)
+    passes, _ = network_passes(
+        network,
+        teacher,
+        latents,
+        conditions,
+        autocast=engine.precision == "bf16",
+        recomputed=engine.gradient_checkpointing,
+        accumulated=True,
+    )
+    return Memory(weights, states + averages, passes.most, 0, weights + states + averages + passes.most)
 
 
 def estimate(
@@ -203,7 +261,7 @@ def estimate(
         recomputed=engine.gradient_checkpointing,
         accumulated=accumulated,
     )
-    most, asked = policy_bytes(student, outputs, latents, objective)
+    most, asked = policy_bytes(student, Outputs(*outputs), latents, objective)
     while_passing = max(passes.most, passes.graph + most, passes.graph + asked + passes.teacher)
     total = weights + states + averages + (gradients + while_passing if accumulated else max(gradients, while_passing))
     return Memory(weights, gradients + states + averages, passes.most, most, total)
@@ -235,6 +293,15 @@ def check_engine(plan: Plan, engine: Engine) -> None:
         raise RecipeError(
             f'[{where}.optimiser] name = "adamw8bit" needs bitsandbytes ({error}): run `pip install "pitools[scale]"`'
         ) from None
+    for name, flow_map in recipe.flow_maps.items():
+        for rows in engine.rows(recipe.training.batch, recipe.training.accumulation):
+            predicting, correcting = flow_map.objective.split(rows)
+            if 0 < flow_map.objective.share < 1 and not (predicting and correcting):
+                raise RecipeError(
+                    f"[flow_maps.{name}.objective] share {flow_map.objective.share:g} and [training] disagree: of "
+                    f"{len(rows)} samples in a forward pass none would {'correct' if predicting else 'predict'}; raise "
+                    "batch, or lower accumulation"
+                )
     if engine.sharded and recipe.engine.compile:
         raise RecipeError('[engine] compile = true and parallel = "fsdp2" are not supported together; choose one')
 
@@ -252,7 +319,7 @@ def check_data(plan: Plan) -> None:
             "or encode images, too"
         )
     if isinstance(data, Ordered):
-        for training in (recipe.training, recipe.teacher.training):
+        for training in (recipe.training if recipe.students else None, recipe.teacher.training):
             if training is not None:
                 try:
                     data.indices(0, 0, training.batch, [0])
@@ -372,15 +439,13 @@ def build_student(plan: Plan, member: Member, teacher_network: nn.Module) -> Net
 def _student(
     plan: Plan, member: Member, teacher_network: nn.Module, teacher: Teacher, engine: Engine, console: Console
 ) -> None:
-    """Train a student, unless its weights are there."""
-    path = member.folder / "student.safetensors"
-    if path.exists():
-        if engine.main:
-            _tell(console, f"{member.label} is trained: {path}")
-        return
-    student = build_student(plan, member, teacher_network)
-    recipe = plan.recipe
-    sheet = Sheet(plan, student, teacher, engine)
+    """Train a student and write its weights."""
+    student, recipe = build_student(plan, member, teacher_network), plan.recipe
+
+    def sampler(network: Call, noise: Tensor, conditions: Conditions) -> Tensor:
+        return sample(replace(student, network=network), noise, conditions=conditions)
+
+    title = f"student, {member.nfe} NFE"
     weights = train(
         Distillation(student, teacher, member.section.objective),
         recipe.training,
@@ -390,55 +455,18 @@ def _student(
         folder=member.folder,
         name=member.label,
         console=console,
-        draw_sheet=sheet.draw,
+        draw_sheet=Sheet(plan, sampler, title, teacher, engine, student.schedule.shift).draw,
     )
     metadata = {"policy": member.section.policy, "schedule": json.dumps(vars(member.section.schedule(member.nfe)))}
-    engine.on_main(lambda: write_tensors(path, weights, metadata))
+    engine.on_main(lambda: write_tensors(member.folder / "student.safetensors", weights, metadata))
 
 
-class Sheet:
-    """Pictures of a student in training: the teacher's samples above the student's, from fixed noise.
-
-    Drawn in as many at once as a forward pass of training takes.
-    """
-
-    def __init__(self, plan: Plan, student: NetworkStudent, teacher: Teacher, engine: Engine) -> None:
-        self.plan, self.student, self.teacher, self.engine = plan, student, teacher, engine
-        training = plan.recipe.training
-        count = min(training.sheet_images, len(plan.data))
-        if isinstance(plan.data, Ordered):
-            count = min(count, training.batch)  # one batch is of one size
-        at_once = max(1, training.batch // training.accumulation // engine.world)
-        self.chunks = [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
-        self.reference: Tensor | None = None
-
-    def draw(self, network: Call, path: Path | None) -> None:
-        """Draw the student with `network` in the place of its own; every process calls this, one draws."""
-        student = replace(self.student, network=network)
-        images = torch.cat([sample(student, noise, conditions=given) for noise, given in self._noises()])
-        if self.reference is None:
-            # On every process, too: a teacher that shares the student's network may be spread over all of them.
-            step = 1 / self.plan.recipe.teacher.reference_steps
-            shift = self.student.schedule.shift
-            ends = [
-                integrate(Conditioned(self.teacher, c), x, 1.0, 0.0, step_size=step, shift=shift)
-                for x, c in self._noises()
-            ]
-            self.reference = torch.cat(ends)
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        title = f"student, {self.student.schedule.nfe} NFE"
-        self.plan.data.draw_sheet(path, [("teacher", self.reference), (title, images)])
-
-    def _noises(self) -> Iterator[tuple[Tensor, Conditions]]:
-        """The noise and the conditions of each chunk."""
-        data, batch = self.plan.data, self.plan.recipe.training.batch
-        for rows in self.chunks:
-            keys = sample_generators(0, "sheet", 0, rows)
-            latents, conditions = data.batch(data.indices(0, 0, batch, rows) if isinstance(data, Ordered) else rows)
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=key) for key in keys])
-            yield noise.to(self.engine.device), to_device(conditions, self.engine.device)
+def _is_there(member: Member | MapMember, engine: Engine, console: Console) -> bool:
+    """Whether a student's weights are."""
+    path = member.folder / "student.safetensors"
+    if path.exists() and engine.main:
+        _tell(console, f"{member.label} is trained: {path}")
+    return path.exists()
 
 
 @contextmanager
@@ -461,9 +489,42 @@ def show_comparison(console: Console) -> Iterator[Callable[[str], OnChunk]]:
         yield bars
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A student that is compared. row: what is known of it.  student: made with its network as it is called."""
+
+    row: Mapping[str, Any]
+    title: str
+    network: nn.Module
+    folder: Path
+    student: Callable[[Call], Student]
+
+
+def _contenders(plan: Plan, teacher_network: nn.Module) -> Iterator[Contender]:
+    """Every student, a flow map once for each strength of guidance; not trained yet."""
+    for member in members(plan):
+        row, title = {"policy": member.name, "nfe": member.nfe}, f"{member.name}, {member.nfe} NFE"
+        student = build_student(plan, member, teacher_network)
+        network = cast(nn.Module, student.network)
+        yield Contender(row, title, network, member.folder, partial(_with_network, student))
+    for flow_map in map_members(plan):
+        network = build_map(plan, flow_map, teacher_network)
+        for strength in flow_map.strengths(plan):
+            row, title = {"policy": flow_map.name, "nfe": flow_map.nfe}, f"{flow_map.name}, {flow_map.nfe} NFE"
+            if strength is not None:
+                row, title = {**row, "guidance": strength}, f"{title}, γ = {strength:g}"
+            student_of = partial(map_student, plan, flow_map, strength=strength)
+            yield Contender(row, title, network, flow_map.folder, student_of)
+
+
+def _with_network(student: NetworkStudent, network: Call) -> NetworkStudent:
+    return replace(student, network=network)
+
+
 def _compare(
     plan: Plan,
     evaluation: Evaluation,
+    teacher: Teacher,
     teacher_network: nn.Module,
     engine: Engine,
     progress: Callable[[str], OnChunk],
@@ -472,27 +533,37 @@ def _compare(
     steps = plan.recipe.teacher.reference_steps
     title = f"teacher, {steps} steps"
     reference = evaluation.reference(1 / steps, 1.0, progress(title))
-    teacher = _metrics(evaluation, title, reference, reference)
-    rows: list[dict[str, Any]] = []
     samples = [(title, reference)]
-    for member in members(plan):
-        student = build_student(plan, member, teacher_network)
-        network = cast(nn.Module, student.network)
-        _load(network, member.folder / "student.safetensors")
-        network = frozen(network).to(engine.device)
-        title = f"{member.name}, {member.nfe} NFE"
-        called = replace(student, network=partial(engine.call, network))
+    results: dict[str, Any] = {"teacher": _metrics(evaluation, title, reference, reference)}
+    strengths = {each for flow_map in map_members(plan) for each in flow_map.strengths(plan) if each is not None}
+    if others := sorted(strengths - {teacher.guidance.scale}):
+        results["teacher_with_guidance"] = []
+        for strength in others:
+            title = f"teacher, {steps} steps, γ = {strength:g}"
+            guided = replace(teacher, guidance=replace(teacher.guidance, scale=strength))
+            own = cast(Evaluation, plan.data.evaluation(guided, engine.device))
+            images = own.reference(1 / steps, 1.0, progress(title))
+            metrics = _metrics(evaluation, title, images, reference)
+            results["teacher_with_guidance"].append({"guidance": strength, **metrics})
+            samples.append((title, images))
+    rows: list[dict[str, Any]] = []
+    for contender in _contenders(plan, teacher_network):
+        _load(contender.network, contender.folder / "student.safetensors")
+        network = contender.network.eval().to(engine.device)
         try:
-            images = evaluation.student(called, member.nfe, progress(title))
+            student = contender.student(partial(engine.call, network))
+            images = evaluation.student(student, contender.row["nfe"], progress(contender.title))
         except ValueError as error:  # a policy's, about what its network answered
-            raise DivergenceError(f"{title} cannot be sampled: {error}; train it with a lower learning rate") from error
-        metrics = _metrics(evaluation, title, images, reference)
-        rows.append({"policy": member.name, "nfe": member.nfe, "steps": plan.recipe.training.steps, **metrics})
-        samples.append((title, images))
-    return {"teacher": teacher, "students": rows}, samples
+            raise DivergenceError(
+                f"{contender.title} cannot be sampled: {error}; train it with a lower learning rate"
+            ) from error
+        metrics = _metrics(evaluation, contender.title, images, reference)
+        rows.append({**contender.row, "steps": plan.recipe.training.steps, **metrics})
+        samples.append((contender.title, images))
+    return {**results, "students": rows}, samples
 
 
-def _row(plan: Plan, member: Member) -> dict[str, Any]:
+def _row(plan: Plan, member: Member | MapMember) -> dict[str, Any]:
     """What is known of a student that nothing compares with its teacher: its last logged loss."""
     lines = (member.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     loss = json.loads(lines[-1])["loss"]
@@ -548,12 +619,11 @@ def _table(plan: Plan, results: Mapping[str, Any]) -> Table:
     teacher: Mapping[str, float] = results["teacher"]
     for key in teacher:
         table.add_column(HEADINGS.get(key, key), justify="right")
-    rows: Sequence[Mapping[str, Any]] = results["students"]
-    table.add_row(
-        "teacher", str(plan.recipe.teacher.reference_steps), *(_show(key, value) for key, value in teacher.items())
-    )
-    for row in rows:
-        table.add_row(str(row["policy"]), str(row["nfe"]), *(_show(key, row[key]) for key in teacher))
+    shown = [{"policy": "teacher", "nfe": plan.recipe.teacher.reference_steps, **teacher}]
+    shown += [{**shown[0], **row} for row in results.get("teacher_with_guidance", [])]
+    for row in [*shown, *results["students"]]:
+        name = str(row["policy"]) + (f", γ = {row['guidance']:g}" if "guidance" in row else "")
+        table.add_row(name, str(row["nfe"]), *(_show(key, row[key]) for key in teacher))
     return table
 
 

@@ -190,9 +190,9 @@ class Auxiliary:
 class FlowMapDistillation:
     """FreeFlow's student: its network takes "delta" and "guidance" among its conditions. No data is read.
 
-    auxiliary: the network of the noising velocity, None where nothing corrects.  teacher: with the guidance scale that
-    counts where the objective draws no strengths.  classes: of `class_labels`, which are drawn evenly.  ask: how the
-    auxiliary network is called.  mean: over the processes.
+    auxiliary: the training of the noising velocity's network, None where nothing corrects; `ask` calls that network.
+    teacher: with the guidance scale that counts where the objective draws no strengths.  classes: of `class_labels`,
+    which are drawn evenly.  mean: over the processes.
     """
 
     network: nn.Module
@@ -200,7 +200,7 @@ class FlowMapDistillation:
     teacher: Teacher
     objective: FreeFlow
     classes: int
-    ask: Callable[..., Tensor]
+    ask: Call | None
     mean: Callable[[Tensor], Tensor]
     parts: Sequence[str] = ("FreeFlow",)
     reads_data: ClassVar[bool] = False
@@ -214,7 +214,7 @@ class FlowMapDistillation:
     def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
         """Prediction and correction (FreeFlow, section 5.1)."""
         noise, conditions = draw_noise(batch, self.classes)
-        noising = None if self.auxiliary is None else Field(partial(self.ask, self.auxiliary.network), clock)
+        noising = None if self.ask is None else Field(self.ask, clock)
         teacher, corrector = (TimedTeacher(each, clock) for each in self.teachers)
         found = free_flow_loss(
             self.objective,
@@ -245,17 +245,13 @@ class FlowMapDistillation:
 
 @dataclass(frozen=True)
 class AuxiliaryTraining:
-    """The noising velocity of a student's samples (FreeFlow, Eq. 12).
-
-    student: its network; `ask` calls it.
-    """
+    """The noising velocity of a student's samples (FreeFlow, Eq. 12); `ask` calls the student's network."""
 
     network: nn.Module
-    student: nn.Module
     section: Auxiliary
     objective: FreeFlow
     classes: int
-    ask: Callable[..., Tensor]
+    ask: Call
     parts: Sequence[str] = ("noising velocity",)
     reads_data: ClassVar[bool] = False
     helper: ClassVar[None] = None
@@ -266,7 +262,7 @@ class AuxiliaryTraining:
         loss = auxiliary_loss(
             self.objective,
             Field(network, clock),
-            NetworkFlowMap(TimedField(partial(self.ask, self.student), clock)),
+            NetworkFlowMap(TimedField(self.ask, clock)),
             noise,
             conditions,
             batch.randomness,

@@ -147,7 +147,7 @@ def network_passes(
     autocast: bool,
     recomputed: bool,
     accumulated: bool,
-) -> tuple[Passes, Outputs]:
+) -> tuple[Passes, tuple[Tensor, ...]]:
     """What the student's and the teacher's networks take on latents `[B, ...]`; and the student's outputs, fake.
 
     Both end on the meta device.  autocast: to bf16.  recomputed: whether activations are, in the backward pass.
@@ -178,7 +178,8 @@ def network_passes(
         gradients = [value.grad for value in weights if value.grad is not None]
         inputs = [x, t, *(value for value in given.values() if isinstance(value, Tensor))]
         with Live([*weights, *gradients, *inputs]) as live:
-            outputs = run(own)
+            answer = run(own)
+            outputs: tuple[Tensor, ...] = answer if isinstance(answer, tuple) else (answer,)
             forward, graph = live.most, live.restart()
             with torch.no_grad():
                 run(other)
@@ -186,7 +187,7 @@ def network_passes(
             live.restart()
             torch.autograd.backward(outputs, [torch.empty_like(value) for value in outputs])
             passes = Passes(forward, graph, asked, live.most)
-    return passes, Outputs(*(value.detach() for value in outputs))
+    return passes, tuple(value.detach() for value in outputs)
 
 
 def policy_bytes(student: NetworkStudent, outputs: Outputs, latents: Tensor, objective: PiID) -> tuple[int, int]:

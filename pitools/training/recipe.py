@@ -1,13 +1,15 @@
 """What a recipe says: its sections, and the plug-ins that its `name` keys stand for.
 
-    [run]  [data]  [backbone]  [teacher]  [students.NAME]  [training]  [engine]
+    [run]  [data]  [backbone]  [teacher]  [students.NAME]  [flow_maps.NAME]  [training]  [engine]
 
-Each room owns the dataclass of its own section: `[students.NAME.objective]` is `PiID`, `[teacher.guidance]` is
-`Guidance`, and the plug-ins own `[data]` and `[backbone]` but for `name`, which chooses them.
+Each room owns the dataclass of its own section: `[students.NAME.objective]` is `PiID`, `[flow_maps.NAME.objective]` is
+`FreeFlow`, `[teacher.guidance]` is `Guidance`, and the plug-ins own `[data]` and `[backbone]` but for `name`, which
+chooses them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,10 +22,12 @@ from torch import nn
 
 from pitools.guidance import Guidance
 from pitools.objectives import PiID
+from pitools.objectives.free_flow import FreeFlow
 from pitools.policies import DXHead, GMHead, Head, PolicyNetwork, PolynomialHead, ShortcutHead
 from pitools.training.config import RecipeError, as_table, parse, section_hash
 from pitools.training.data import Data
 from pitools.training.engine import EngineSection
+from pitools.training.jobs import Auxiliary
 from pitools.training.loop import Training
 from pitools.types import Factorisation, Schedule
 
@@ -37,6 +41,7 @@ class Backbone(Protocol):
     embeds_guidance    whether its networks take a guidance scale as the condition "guidance"; they do not
     classes            how many it knows, to be compared with those of data; it is not compared
     tiny, stub         see `Shrinkable`; `--tiny` is refused
+    flow_map           see `Mappable`; `[flow_maps]` is refused
 
     and for a dry run, or where FSDP2 shards students:
 
@@ -82,6 +87,20 @@ class Shrinkable(Protocol):
 
     def tiny(self) -> Backbone:
         """The same section for networks of next to no size. `ValueError` for one that has no such form."""
+        ...
+
+
+@runtime_checkable
+class Mappable(Protocol):
+    """A backbone for `[flow_maps]`: one whose networks can take more scalars than the time."""
+
+    def flow_map(
+        self, teacher: nn.Module, scalars: Sequence[str], generator: torch.Generator, lora: int = 0
+    ) -> nn.Module:
+        """A `VelocityNetwork` that starts as a copy of the teacher and takes `scalars`, each `[B]`, as conditions.
+
+        lora: the rank of LoRA that is trained in the place of the copy's weights; 0 for those.
+        """
         ...
 
 
@@ -172,21 +191,43 @@ class StudentSection:
 
 
 @dataclass(frozen=True)
+class FlowMapSection:
+    """The recipe's section [flow_maps.NAME]: a student of one evaluation, by FreeFlow.
+
+    strengths: of guidance, at which it is compared with the teacher beside the teacher's own.
+    """
+
+    strengths: tuple[float, ...] = ()
+    objective: FreeFlow = field(default_factory=FreeFlow)
+    auxiliary: Auxiliary = field(default_factory=Auxiliary)
+
+    def __post_init__(self) -> None:
+        low, high = self.objective.guidance or (math.nan, math.nan)
+        for strength in self.strengths:
+            if not low <= strength <= high:
+                trained = "none" if self.objective.guidance is None else f"those in [{low:g}, {high:g}]"
+                raise ValueError(f"strengths has {strength:g}, and objective.guidance trains {trained}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe, read. `data` and `backbone` are tables that `name` a plug-in."""
 
     data: Mapping[str, object]
     backbone: Mapping[str, object]
-    students: Mapping[str, StudentSection]
     training: Training
+    students: Mapping[str, StudentSection] = field(default_factory=dict)
+    flow_maps: Mapping[str, FlowMapSection] = field(default_factory=dict)
     teacher: TeacherSection = field(default_factory=TeacherSection)
     run: RunSection = field(default_factory=RunSection)
     engine: EngineSection = field(default_factory=EngineSection)
 
     def __post_init__(self) -> None:
-        if not self.students:
-            raise ValueError("students has no section; add one, such as [students.gm]")
-        for name in self.students:
+        if not self.students and not self.flow_maps:
+            raise ValueError("students has no section; add one, such as [students.gm], or one of [flow_maps]")
+        for name in self.students.keys() & self.flow_maps.keys():
+            raise ValueError(f"students and flow_maps both have {name!r}, which would share a folder; rename one")
+        for name in (*self.students, *self.flow_maps):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise ValueError(f"students are named with letters, digits, - and _, as their folders, got {name!r}")
 
@@ -231,6 +272,7 @@ def plan(table: Mapping[str, object], name: str, tiny: bool = False) -> Plan:
             f"[backbone] is made for latents {made}, and [data] has {tuple(data.shape)}; change the backbone's sizes"
         )
     _check_teacher(recipe, backbone)
+    _check_flow_maps(recipe, backbone, data)
     # Where both have classes: a label that the backbone does not know would end the run in the middle of a step.
     classes, known = getattr(data, "classes", None), getattr(backbone, "classes", None)
     if classes is not None and known is not None and classes != known:
@@ -294,6 +336,26 @@ def _check_teacher(recipe: Recipe, backbone: Backbone) -> None:
             f'[teacher.training] and the weights of the backbone "{recipe.backbone["name"]}" exclude each other; '
             "leave one of them out"
         )
+
+
+def _check_flow_maps(recipe: Recipe, backbone: Backbone, data: Data) -> None:
+    teacher = recipe.teacher
+    for name, section in recipe.flow_maps.items():
+        if not isinstance(backbone, Mappable) or getattr(data, "classes", None) is None:
+            raise RecipeError(
+                f'[flow_maps.{name}] is for a class-conditional backbone with flow maps, such as "dit", and data with '
+                f'classes; "{recipe.backbone["name"]}" and "{recipe.data["name"]}" are not; use [students.{name}]'
+            )
+        if section.objective.guidance is None:
+            continue
+        low, high = section.objective.guidance
+        if not low <= teacher.guidance.scale <= high:
+            raise RecipeError(
+                f"[flow_maps.{name}.objective] guidance is [{low:g}, {high:g}], and [teacher.guidance] scale "
+                f"{teacher.guidance.scale:g}, with which it is compared, lies outside; change one of them"
+            )
+        if teacher.training is not None and teacher.label_dropout == 0:
+            raise RecipeError(f"[flow_maps.{name}.objective] guidance needs [teacher] label_dropout above 0")
 
 
 def _plugin(group: str, table: Mapping[str, object], section: str | None = None) -> object:
