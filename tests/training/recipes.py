@@ -40,7 +40,11 @@ TINY: dict[str, Any] = {
 
 def tiny(**overrides: object) -> dict[str, Any]:
     """A copy of `TINY` with dotted keys changed, as `tiny(**{"training.steps": 20})`; a mapping replaces a section."""
-    table = copy.deepcopy(TINY)
+    return changed(copy.deepcopy(TINY), overrides)
+
+
+def changed(table: dict[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
+    """The table with dotted keys changed."""
     for name, value in overrides.items():
         *sections, key = name.split(".")
         inner = table
@@ -48,6 +52,26 @@ def tiny(**overrides: object) -> dict[str, Any]:
             inner = inner.setdefault(section, {})
         inner[key] = copy.deepcopy(value)
     return table
+
+
+def flow_map(**overrides: object) -> dict[str, Any]:
+    """As `tiny`, of a flow map in the place of the student: it predicts and corrects, with guidance to choose."""
+    table = tiny()
+    del table["students"]
+    table["flow_maps"] = {
+        "freeflow": {
+            "strengths": [1.0],
+            "objective": {
+                "guidance": [1.0, 2.0],
+                "guided_until": 0.7,
+                "delay": 1,
+                "correction_warmup": 2,
+                "prediction": {"steps": 4, "warmup": 3},
+            },
+            "auxiliary": {"updates": 2, "optimiser": {"learning_rate": 2e-3, "warmup_steps": 2}},
+        }
+    }
+    return changed(table, overrides)
 
 
 def write(path: Path, table: Mapping[str, Any]) -> Path:

@@ -150,9 +150,9 @@ def taught(whole: Folder, folder: Folder) -> Folder:
     return folder
 
 
-def assert_ends_as(whole: Folder, folder: Folder) -> None:
+def assert_ends_as(whole: Folder, folder: Folder, before: str = "") -> None:
     """Run it to its end, and compare."""
-    run = folder.run()
+    run = folder.run(before)
     assert run.code == 0, run.out + run.err
     expected, got = whole.left(), folder.left()
     assert sorted(got) == sorted(expected)
