@@ -75,8 +75,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     data: data-dependent, and with sheets, which call the network in the midst of training with other weights.
     free: data-free, two accumulation steps of two segments each.  map: two networks, of which one is updated twice in
-    a step, and two accumulation steps of which each process has one sample that corrects.  eight: with layers whose halves are large enough
-    for 8 bits, and others whose halves are not.
+    a step, and two accumulation steps of which each process has one sample that corrects.  eight: with layers whose
+    halves are large enough for 8 bits, and others whose halves are not.
     """
     folder = tmp_path_factory.mktemp("processes")
     shared = {"teacher.training.steps": STEPS, "training.steps": STEPS}
