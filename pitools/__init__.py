@@ -18,6 +18,7 @@ from pitools.rollout import Trajectory as Trajectory
 from pitools.rollout import integrate as integrate
 from pitools.rollout import mean_velocity as mean_velocity
 from pitools.rollout import trajectory as trajectory
+from pitools.sampling import best_of as best_of
 from pitools.sampling import sample as sample
 from pitools.types import Factorisation as Factorisation
 from pitools.types import Policy as Policy

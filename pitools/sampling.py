@@ -9,21 +9,27 @@ stochastic sampler, a segment is integrated further down, to t_end, and noised a
     x_{i+1} = c x_end + σ_{i+1} sqrt(1 - m²) n,    n ~ N(0, I)
 
 which keeps the marginals: h = 0 is the ODE, h = ∞ draws all the noise anew.
+
+Best-of-N searches among noises ε_1 ... ε_N for each sample (FreeFlow, section 5.2):
+
+    n* = argmax_n score(sample(ε_n), c)
+
+A student that keeps its teacher's map from noise to data chooses for the teacher, too, at a fraction of the cost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pitools.draws import Randomness, normal
-from pitools.path import segments, shift_time
+from pitools.path import align, segments, shift_time
 from pitools.rollout import integrate
 from pitools.solvers import Solver
 from pitools.types import Conditions, Policy, Schedule, Student, Tempered
@@ -89,6 +95,85 @@ def sample(
             fresh = normal(x.shape, generator, like=x)
             x = scale * x + t_next * math.sqrt(1 - kept**2) * fresh
     return x
+
+
+class Scorer(Protocol):
+    """What best-of-N maximises; any function of this form is one."""
+
+    def __call__(self, latents: Tensor, conditions: Conditions | None) -> Tensor:
+        """A score `[B]` of each of the samples `[B, ...]` at t = 0: the higher, the better; NaN for none."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """What scored highest for each sample: `noise` and `sample` `[B, ...]`, `score` and `index`, in 0..N-1, `[B]`."""
+
+    noise: Tensor
+    sample: Tensor
+    score: Tensor
+    index: Tensor
+
+
+@torch.no_grad()
+def best_of(
+    student: Student,
+    noises: Iterable[Tensor],
+    scorer: Scorer,
+    conditions: Conditions | None = None,
+    nfe: int | None = None,
+    method: str | Solver = "euler",
+    step_size: float = 1 / 128,
+) -> Best:
+    """The best of N candidates for each of B samples, by the student's own samples (FreeFlow, section 5.2 and Fig. 8).
+
+    noises: N latents `[B, ...]`; a tensor `[N, B, ...]`, or a generator, of which one at a time is in memory.
+    nfe, method, step_size: as in `sample`.  Among equal scores the first wins.
+    Raises `ValueError` for no candidates, candidates or scores of another shape, and a sample whose scores are all NaN.
+
+    The noise that won is the teacher's start, too:
+
+        best = best_of(student, (torch.randn(8, 4, 32, 32) for _ in range(16)), scorer, conditions)
+        x = integrate(Conditioned(teacher, conditions), best.noise, 1.0, 0.0)
+    """
+    best: Best | None = None
+    for n, noise in enumerate(noises):
+        x = sample(student, noise, nfe, conditions, method=method, step_size=step_size)
+        score = scorer(x, conditions)
+        if not isinstance(score, Tensor) or score.shape != x.shape[:1]:
+            got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"the scorer must return a tensor [{len(x)}], a score for each sample, got {got}")
+        found = Best(noise, x, score, torch.full_like(score, n, dtype=torch.long))
+        best = found if best is None else _better(best, found)
+    if best is None:
+        raise ValueError("noises must hold at least one candidate, got none")
+    unscored = best.score.isnan().nonzero().flatten().tolist()
+    if unscored:
+        raise ValueError(f"all scores of sample {unscored[0]} are NaN, so that none of its noises is the best")
+    return best
+
+
+def improves(score: Tensor, best: Tensor) -> Tensor:
+    """Where a later score beats the best so far: it is higher, or the first that is not NaN."""
+    return (score > best) | (best.isnan() & ~score.isnan())
+
+
+def _better(best: Best, found: Best) -> Best:
+    if found.noise.shape != best.noise.shape:
+        raise ValueError(
+            f"noises must be of one shape, got {tuple(best.noise.shape)} and then {tuple(found.noise.shape)}"
+        )
+    better = improves(found.score, best.score)
+
+    def chosen(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(align(better, new), new, old)
+
+    return Best(
+        chosen(found.noise, best.noise),
+        chosen(found.sample, best.sample),
+        chosen(found.score, best.score),
+        chosen(found.index, best.index),
+    )
 
 
 def auto_temperature(nfe: int) -> float:
