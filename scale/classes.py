@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pitools.policies import NetworkStudent
 from pitools.sampling import sample
+from scale.best import Drawn, Search, drawn, seeds_each, settings_of
 from scale.dit import DiTPolicy
 from scale.pipelines import Generators, write_images
 from scale.served import COMMAND, steps_of
@@ -88,24 +89,22 @@ def sample_classes(
     force: bool,
     out: Path,
     console: Console,
+    search: Search | None = None,
 ) -> list[Path]:
     """As `scale.pipelines.sample_images`, with classes in the place of prompts."""
     steps = steps_of(pipe.student.schedule.nfe, nfe, force, elastic=pipe.elastic, words=COMMAND)
-    wanted = [label for label in labels for _ in range(per_label)]
-    seeds = [seed + i for i in range(len(wanted))]
-    images: list[Any] = []
-    for start in range(0, len(wanted), per_label):
-        rows = slice(start, start + per_label)
-        images += pipe(
-            wanted[rows],
-            num_inference_steps=nfe,
-            force=force,
-            generator=[torch.Generator().manual_seed(own) for own in seeds[rows]],
-            renoise=renoise,
-        )
+    images: list[Drawn] = []
+    for label in labels:
+
+        def draw(generators: list[torch.Generator], label: int = label) -> Any:
+            return pipe(
+                [label] * per_label, num_inference_steps=nfe, force=force, generator=generators, renoise=renoise
+            )
+
+        images += drawn(draw, [label] * per_label, seed + len(images) * seeds_each(search), search)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"pipeline": type(pipe).__name__, "nfe": steps, "renoise": renoise}
-    return write_images(out, images, "label", labels, seed, settings, console)
+    settings = {"pipeline": type(pipe).__name__, "nfe": steps, "renoise": renoise, **settings_of(search)}
+    return write_images(out, images, "label", labels, settings, console)
 
 
 def _noise(count: int, shape: tuple[int, ...], generator: Generators) -> Tensor:

@@ -196,6 +196,13 @@ def sample(
     per_prompt: Annotated[int, typer.Option(min=1, help="Images for each prompt or label.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the first image; each has its own.")] = 0,
     renoise: Annotated[float, typer.Option(min=0, help="Strength of fresh noise between steps; 0 is the ODE.")] = 0.0,
+    best_of: Annotated[
+        int | None, typer.Option(min=1, help="Draw so many for each image, and write the one that --scorer likes best.")
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(help="A function (images, prompts or labels) -> a score for each.", metavar="MODULE:FUNCTION"),
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Embedded scale; by default the trained one.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Allow guidance and steps that it was not trained for.")
@@ -223,10 +230,17 @@ def sample(
         pitools sample runs/dit-gm-repa-k32 --label 207 --label 88 --per-prompt 4
 
         pitools sample my-adapter --prompt "a red fox" --width 1536 --height 1024 --per-prompt 4 --quantise nf4
+
+        pitools sample runs/qwen --prompt "a red fox" --best-of 16 --scorer taste:score
+
+    where taste.py, in the current folder, says what is better, of PIL images and the prompt or label of each:
+
+        def score(images, asked): return [image.convert("L").resize((1, 1)).getpixel((0, 0)) for image in images]
     """
     with _told():
         from rich.console import Console
 
+        from scale.best import Search, named_scorer
         from scale.classes import sample_classes
         from scale.data import check_size
         from scale.encoders import IMAGENET_VAE
@@ -241,6 +255,9 @@ def sample(
         console = Console()
         if (prompt is None) == (label is None):
             raise ValueError("give --prompt, or --label for a DiT, and not both")
+        if (best_of is None) != (scorer is None):
+            raise ValueError("--best-of N needs --scorer MODULE:FUNCTION to choose by, and the other way round")
+        search = None if best_of is None or scorer is None else Search(best_of, named_scorer(scorer), scorer)
         if label is not None:
             if any(value is not None for value in (height, width, base, guidance)):
                 raise ValueError("--height, --width, --base and --guidance are for prompts; a DiT has its own size")
@@ -263,6 +280,7 @@ def sample(
                 force=force,
                 out=out,
                 console=console,
+                search=search,
             )
             return
         pipe = pipeline_with(
@@ -291,6 +309,7 @@ def sample(
             force=force,
             out=out,
             console=console,
+            search=search,
         )
 
 

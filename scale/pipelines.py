@@ -47,6 +47,7 @@ from pitools.policies import NetworkStudent
 from pitools.sampling import Look, sample
 from scale.adapted import ADAPTER, AdaptedPolicy, pack, unpack
 from scale.backbone import DTYPES, Flux, Flux2, QwenImage, TextToImage, backbone_of
+from scale.best import Drawn, Search, drawn, seeds_each, settings_of
 from scale.published import load_adapter
 from scale.quantise import Quantisation
 from scale.served import CALL, COMMAND, Words, guidance_of, steps_of
@@ -436,10 +437,12 @@ def sample_images(
     force: bool,
     out: Path,
     console: Console,
+    search: Search | None = None,
 ) -> list[Path]:
     """Write `per_prompt` images for each prompt to `out` as PNG files, and return their paths.
 
-    Image i of all has the seed `seed` + i, whatever it is sampled with; `samples.json` has it, with the settings.
+    Image i of all has the seed `seed` + i, whatever it is sampled with, or with a `search` the best of N of its own
+    (see `scale.best`); `samples.json` has it, with the settings.
     More than one are put together in `sheet.png`, too, a prompt in each row.  None: as in the pipeline's call.
     Raises `ValueError` as that does, and where there is nothing to sample.
     """
@@ -448,42 +451,48 @@ def sample_images(
     _size(pipe, height, width)
     steps, scale = _asked(pipe, nfe, guidance, force, COMMAND)
     out.mkdir(parents=True, exist_ok=True)
-    images: list[Any] = []
+    images: list[Drawn] = []
     for prompt in prompts:
-        seeds = [seed + len(images) + i for i in range(per_prompt)]
-        images += pipe(
-            prompt,
-            height=height,
-            width=width,
-            num_inference_steps=nfe,
-            guidance_scale=guidance,
-            force=force,
-            num_images_per_prompt=per_prompt,
-            generator=[torch.Generator().manual_seed(own) for own in seeds],
-            renoise=renoise,
-        ).images
+
+        def draw(generators: list[torch.Generator], prompt: str = prompt) -> Any:
+            return pipe(
+                prompt,
+                height=height,
+                width=width,
+                num_inference_steps=nfe,
+                guidance_scale=guidance,
+                force=force,
+                num_images_per_prompt=per_prompt,
+                generator=generators,
+                renoise=renoise,
+            ).images
+
+        images += drawn(draw, [prompt] * per_prompt, seed + len(images) * seeds_each(search), search)
     settings = {"pipeline": type(pipe).__name__, "nfe": steps, "guidance": scale, "renoise": renoise}
-    return write_images(out, images, "prompt", prompts, seed, settings, console)
+    return write_images(out, images, "prompt", prompts, {**settings, **settings_of(search)}, console)
 
 
 def write_images(
     out: Path,
-    images: Sequence[Any],
+    images: Sequence[Drawn],
     key: str,
     asked: Sequence[object],
-    seed: int,
     settings: Mapping[str, object],
     console: Console,
 ) -> list[Path]:
     """Write images as PNG files, as many for each of what was `asked`, and what `sample_images` says beside them."""
     each = len(images) // len(asked)
     paths = [out / f"{i:04d}.png" for i in range(len(images))]
-    for path, image in zip(paths, images, strict=True):
-        image.save(path)
+    for path, one in zip(paths, images, strict=True):
+        one.image.save(path)
     if len(images) > 1:
-        make_image_grid(list(images), rows=len(asked), cols=each).save(out / "sheet.png")
-    rows = [{"file": path.name, key: asked[i // each], "seed": seed + i} for i, path in enumerate(paths)]
-    told = {**settings, "height": images[0].height, "width": images[0].width, "images": rows}
+        make_image_grid([one.image for one in images], rows=len(asked), cols=each).save(out / "sheet.png")
+    rows = []
+    for i, (path, one) in enumerate(zip(paths, images, strict=True)):
+        score = {} if one.score is None else {"score": one.score}
+        rows.append({"file": path.name, key: asked[i // each], "seed": one.seed, **score})
+    first = images[0].image
+    told = {**settings, "height": first.height, "width": first.width, "images": rows}
     (out / "samples.json").write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(f"Wrote {len(paths)} image{'s' if len(paths) > 1 else ''} to {out}/.", highlight=False)
     return paths

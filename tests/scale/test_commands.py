@@ -134,6 +134,11 @@ REFUSED = {
         "a fox",
         "--height=1000",
     ],
+    "--best-of N needs --scorer MODULE:FUNCTION": ["sample", "any", "--prompt", "a fox", "--best-of", "4"],
+    "and the other way round": ["sample", "any", "--label", "1", "--scorer", "taste:score"],
+    "the scorer's module 'nowhere_at_all' cannot be imported": [
+        *("sample", "any", "--label", "1", "--best-of", "4", "--scorer", "nowhere_at_all:score"),
+    ],
     "vae/config.json/out cannot be written": ["sample", "any", "--prompt", "a fox", "--out", "vae/config.json/out"],
     "vae/config.json cannot be written: vae/config.json is no folder": ["export", "any", "--out", "vae/config.json"],
     "vae/config.json is no folder; name another": [*CACHE, "--set=data.folder=vae/config.json/x"],

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_dit import LABELS, T, backbone, gradients, latents, shaken, teacher_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pitools.training import keyed_generator
 from scale.dit import DiT, DiTFlowMap, share_embedding
-from tests.scale.test_dit import LABELS, T, backbone, gradients, latents, shaken, teacher_of
 
 BOTH = ("delta", "guidance")
 ONE = torch.ones_like(T)
@@ -279,8 +279,8 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from tests.scale.test_dit import LABELS, T, backbone, latents, shaken
-from tests.scale.test_flow_map import CONDITIONS, ONE, flow_map_of
+from test_dit import LABELS, T, backbone, latents, shaken
+from test_flow_map import CONDITIONS, ONE, flow_map_of
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -314,9 +314,9 @@ print("as unwrapped")
 
 
 def test_gradients_are_the_same_under_ddp_and_fsdp2() -> None:
-    root = Path(__file__).parents[2]
+    here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, "-c", WRAPPED], cwd=root, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", WRAPPED], cwd=here, capture_output=True, text=True, check=False, timeout=300
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "as unwrapped"
