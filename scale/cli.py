@@ -203,7 +203,9 @@ def sample(
         str | None,
         typer.Option(help="A function (images, prompts or labels) -> a score for each.", metavar="MODULE:FUNCTION"),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Embedded scale; by default the trained one.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Embedded scale, or a flow map's strength; by default the trained one.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Allow guidance and steps that it was not trained for.")
     ] = False,
@@ -259,14 +261,15 @@ def sample(
             raise ValueError("--best-of N needs --scorer MODULE:FUNCTION to choose by, and the other way round")
         search = None if best_of is None or scorer is None else Search(best_of, named_scorer(scorer), scorer)
         if label is not None:
-            if any(value is not None for value in (height, width, base, guidance)):
-                raise ValueError("--height, --width, --base and --guidance are for prompts; a DiT has its own size")
+            if any(value is not None for value in (height, width, base)):
+                raise ValueError("--height, --width and --base are for prompts; a DiT has its own size")
             classes = classes_with(
                 target,
                 subfolder=subfolder,
                 vae=vae or IMAGENET_VAE,
                 device=_device(device),
                 nfe=nfe,
+                guidance=guidance,
                 force=force,
                 console=console,
             )
@@ -277,6 +280,7 @@ def sample(
                 seed=seed,
                 per_label=per_prompt,
                 renoise=renoise,
+                guidance=guidance,
                 force=force,
                 out=out,
                 console=console,

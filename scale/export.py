@@ -19,6 +19,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,15 +27,16 @@ from torch import Tensor
 from pitools.guidance import Guidance
 from pitools.policies import NetworkStudent
 from pitools.training.checkpoint import latest, read_tensors
-from pitools.training.distillation import Member, build_student, members
+from pitools.training.distillation import Member, all_members, build_student
 from pitools.training.errors import CheckpointError
+from pitools.training.flow_maps import MapMember, build_map, map_student
 from pitools.training.random import keyed_generator
 from pitools.training.recipe import Plan, plan
 from scale.adapted import ADAPTER, AdaptedPolicy
 from scale.backbone import TextToImage
-from scale.dit import DiT
+from scale.dit import DiT, DiTFlowMap, DiTPolicy
 from scale.published import load_weights, save_adapter
-from scale.whole import save_whole
+from scale.whole import DiTFlowMapStudent, WholeStudent, give, save_whole
 
 AVERAGES = "student.safetensors"
 
@@ -62,9 +64,9 @@ def export(
         if merge:
             raise ValueError(f"{member.folder} is a student on a DiT, trained whole: there is nothing to merge")
         weights = student_weights(member, average)
-        save_whole(build_student(planned, member, backbone.outline()), out, weights=weights, dtype=dtype)
+        save_whole(whole_outline(planned, member, backbone), out, weights=weights, dtype=dtype)
         return
-    if not isinstance(backbone, TextToImage):
+    if not isinstance(backbone, TextToImage) or isinstance(member, MapMember):
         raise ValueError(
             f"{member.folder} is a student on a {type(backbone).__name__}, which has no published form; "
             f"its weights are {member.folder / AVERAGES}"
@@ -79,6 +81,22 @@ def export(
     student = build_student(replace(planned, backbone=whole), member, teacher)
     load_weights(student, weights)
     merge_adapter(student, out, dtype=dtype, teacher_guidance=guidance)
+
+
+def whole_outline(planned: Plan, member: Member | MapMember, backbone: DiT) -> WholeStudent:
+    """A student on a DiT without weights in memory."""
+    if isinstance(member, Member):
+        return build_student(planned, member, backbone.outline())
+    student = map_student(planned, member, build_map(planned, member, backbone.outline()))
+    strengths = member.section.objective.guidance
+    return DiTFlowMapStudent(student.flow_map, student.factorisation, student.guidance, strengths)
+
+
+def whole_student(planned: Plan, member: Member | MapMember, backbone: DiT) -> WholeStudent:
+    """A student on a DiT with its averaged weights. Raises as `student_weights` does."""
+    student = whole_outline(planned, member, backbone)
+    give(cast(DiTPolicy | DiTFlowMap, student.network), student_weights(member))
+    return student
 
 
 def merge_adapter(
@@ -121,7 +139,7 @@ def merge_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def found_student(path: Path) -> tuple[Plan, Member]:
+def found_student(path: Path) -> tuple[Plan, Member | MapMember]:
     """The plan of a run as it was, and the student that `path` means: its folder, or that of a run with one.
 
     `ValueError` for a folder that is neither, `RecipeError` for a recipe that cannot be had.
@@ -134,16 +152,16 @@ def found_student(path: Path) -> tuple[Plan, Member]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{run / 'recipe.toml'} cannot be read: {error}") from error
     planned = replace(plan(table, run.name), out=run)
-    there = members(planned)
+    there = all_members(planned)
     if run != path:
         there = [member for member in there if member.label == path.name]
     if len(there) != 1:
-        names = ", ".join(str(member.folder) for member in members(planned))
+        names = ", ".join(str(member.folder) for member in all_members(planned))
         raise ValueError(f"{path} must name one student; those of this run are {names}")
     return planned, there[0]
 
 
-def student_weights(member: Member, average: bool = True) -> Mapping[str, Tensor]:
+def student_weights(member: Member | MapMember, average: bool = True) -> Mapping[str, Tensor]:
     """A student's averaged weights, or those of its newest checkpoint. `CheckpointError` where they are not good."""
     if average:
         path = member.folder / AVERAGES

@@ -9,18 +9,19 @@ import torch
 from rich.console import Console
 
 from pitools.training.distillation import build_student
+from pitools.training.flow_maps import MapMember
 from pitools.training.random import keyed_generator
 from scale.adapted import AdaptedPolicy, Base, computes_in
 from scale.backbone import TextToImage, section_of
-from scale.classes import PiDiTPipeline
-from scale.dit import DiT, DiTPolicy
+from scale.classes import PiDiTPipeline, strength_for
+from scale.dit import DiT, DiTFlowMap, DiTPolicy
 from scale.encoders import IMAGENET_VAE, image_encoder_for
-from scale.export import found_student, student_weights
+from scale.export import found_student, student_weights, whole_student
 from scale.pipelines import PiPipeline, pipeline_for
 from scale.published import WEIGHTS, load_weights, purpose_of, trained_parameters
 from scale.quantise import Quantisation
 from scale.served import COMMAND, guidance_of, steps_of
-from scale.whole import give, load_whole
+from scale.whole import load_whole
 
 
 def pipeline_with(
@@ -71,13 +72,14 @@ def classes_with(
     vae: str = IMAGENET_VAE,
     device: torch.device | str = "cpu",
     nfe: int | None = None,
+    guidance: float | None = None,
     force: bool = False,
     console: Console | None = None,
 ) -> PiDiTPipeline:
     """A student of the DiT and the VAE: of a run (its averaged weights), or as `scale.whole` and the hub have it.
 
     target, subfolder: as of `pipeline_with`.  vae: hub id or folder of an `AutoencoderKL`, or "tiny" for a stub.
-    nfe, force: what will be asked of it, which is refused before the VAE is loaded.
+    nfe, guidance, force: what will be asked of it, which is refused before the VAE is loaded.
     Raises what `found_student`, `load_whole` and `image_encoder_for` raise.
     """
     path = Path(target)
@@ -85,12 +87,12 @@ def classes_with(
         planned, member = found_student(path)
         if not isinstance(planned.backbone, DiT):
             raise ValueError(f"{path} is a run of a {type(planned.backbone).__name__}, which takes prompts, not labels")
-        student = build_student(planned, member, planned.backbone.outline())
-        give(cast(DiTPolicy, student.network), student_weights(member))
+        student = whole_student(planned, member, planned.backbone)
     else:
         student = load_whole(target, subfolder)
     steps_of(student.schedule.nfe, nfe, force, elastic=PiDiTPipeline.elastic, words=COMMAND)
-    network = cast(DiTPolicy, student.network)
+    strength_for(student, guidance, force, words=COMMAND)
+    network = cast(DiTPolicy | DiTFlowMap, student.network)
     network.eval().to(device)
     if vae != "tiny":
         return PiDiTPipeline(student, image_encoder_for(vae, device).vae)
@@ -121,7 +123,7 @@ def _of_run(
 ) -> PiPipeline:
     planned, member = found_student(path)
     backbone = planned.backbone
-    if not isinstance(backbone, TextToImage):
+    if not isinstance(backbone, TextToImage) or isinstance(member, MapMember):
         raise ValueError(f"{path} is a run of a {type(backbone).__name__}, which takes no prompts")
     trained = planned.recipe.teacher.guidance.embedded
     steps_of(member.nfe, nfe, force, elastic=backbone.elastic, words=COMMAND)

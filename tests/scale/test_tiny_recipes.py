@@ -104,6 +104,39 @@ def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Comma
         assert "weights './nowhere' cannot be loaded" in refused
 
 
+FLOW_MAP = """
+[flow_maps.freeflow]
+
+[flow_maps.freeflow.objective]
+guidance = [1.0, 3.0]
+delay = 0
+correction_warmup = 0
+"""
+
+
+def test_a_flow_map_trains_exports_and_samples(commands: Commands, tmp_path: Path) -> None:
+    whole = (Path(scale.__file__).parent / "dit-gm-fm-k32.toml").read_text()
+    start, end = whole.index("[students.gm]"), whole.index("[training]")
+    (tmp_path / "recipe.toml").write_text(whole[:start] + FLOW_MAP + whole[end:])
+    distill = ["distill", "recipe.toml", "--tiny", "--set", "run.out=run", "--set", "engine.device=cpu"]
+    done(commands([*distill, "--set", "engine.tensorboard=false"], tmp_path))
+    done(commands(["export", "run", "--out", "whole", "--dtype", "float32"], tmp_path))
+    sample = ["--label", "3", "--label", "7", "--vae", "tiny", "--device", "cpu"]
+    for guidance in ([], ["--guidance", "1.5"]):
+        for target in ("run", "whole"):
+            done(commands(["sample", target, *sample, *guidance, "--out", f"{target}{len(guidance)}"], tmp_path))
+        images = [Image.open(tmp_path / f"{target}{len(guidance)}" / "0001.png") for target in ("run", "whole")]
+        assert images[0].size == (64, 64)
+        assert images[0].tobytes() == images[1].tobytes()
+        told = json.loads((tmp_path / f"run{len(guidance)}" / "samples.json").read_text())
+        assert told["guidance"] == (1.5 if guidance else 2.7)
+    for target in ("run", "whole"):
+        refused = commands(["sample", target, *sample, "--guidance", "9", "--out", "refused"], tmp_path)
+        assert refused.code == 2, refused
+        assert "Error: --guidance must lie in [1, 3]" in refused.err
+    assert not (tmp_path / "refused").exists()
+
+
 @pytest.mark.slow
 def test_commands_of_their_own_take_seconds(tmp_path: Path) -> None:
     """Imports and all: 7 to 9 s each, of which nearly all goes to importing torch, diffusers and peft.

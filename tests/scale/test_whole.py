@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pitools as pi
-from pitools.policies import DXHead, GMHead, Head, NetworkStudent, PolynomialHead
+from pitools.policies import DXHead, GMHead, Head, NetworkFlowMap, NetworkStudent, PolynomialHead
 from pitools.training import keyed_generator
 from pitools.types import Schedule
-from scale.dit import DiT, DiTHead, DiTPolicy, DiTVelocity, share_embedding
-from scale.whole import load_whole, save_whole
+from scale.dit import DiT, DiTFlowMap, DiTHead, DiTPolicy, DiTVelocity, share_embedding
+from scale.whole import DiTFlowMapStudent, load_whole, save_whole
 
 C, P = 3, 2
 HEADS: dict[str, Head] = {"gm": GMHead(4), "dx": DXHead(5), "polynomial": PolynomialHead(3)}
@@ -141,3 +142,89 @@ def test_a_bad_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
         load_whole(tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def flow_map_of(guided: bool = True, shared: bool = False, lora: int = 0) -> DiTFlowMapStudent:
+    teacher = DIT.teacher(keyed_generator(0, "teacher"))
+    if shared:
+        share_embedding(teacher.transformer)
+    scalars = ("delta", "guidance") if guided else ("delta",)
+    network = DIT.flow_map(teacher, scalars, keyed_generator(1, "flow map"), lora)
+    generator = keyed_generator(2, "shake")
+    for value in network.parameters():
+        value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    strengths = (2.0, (1.0, 3.0)) if guided else (None, None)
+    return DiTFlowMapStudent(NetworkFlowMap(network.eval()), DIT.factorisation, *strengths)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_flow_map_saved_and_loaded_samples_the_same_bits(guided: bool, shared: bool, tmp_path: Path) -> None:
+    student = flow_map_of(guided, shared)
+    save_whole(student, tmp_path)
+    again = load_whole(tmp_path)
+    assert isinstance(again, DiTFlowMapStudent)
+    assert (again.guidance, again.strengths) == (student.guidance, student.strengths)
+    assert again.network.scalars == student.network.scalars
+    assert again.schedule == Schedule(nfe=1)
+    for conditions in (LABELS, {**LABELS, "guidance": 1.5}):
+        assert torch.equal(*(pi.sample(one, noise(), conditions=conditions) for one in (student, again)))
+    delta = torch.tensor([0.25, 0.5])
+    given = {**LABELS, "guidance": delta + 1}
+    with torch.no_grad():
+        assert torch.equal(*(one.flow_map(noise(), delta, given) for one in (student, again)))
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert ("emb.timestep_embedder.linear_1.weight" in tensors) == shared
+    assert ("embeddings.guidance.outer.weight" in tensors) == guided
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "DiTFlowMap"
+
+
+def test_averages_of_a_flow_map_are_written_in_the_place_of_its_weights(tmp_path: Path) -> None:
+    student = flow_map_of()
+    averages = {name: value / 2 for name, value in student.network.named_parameters()}
+    save_whole(student, tmp_path, weights=averages, dtype=torch.bfloat16)
+    again = load_whole(tmp_path)
+    assert isinstance(again.network, DiTFlowMap)
+    for name, value in again.network.named_parameters():
+        assert torch.equal(value, averages[name].bfloat16().float())
+
+
+def test_what_is_no_flow_map_to_be_saved_is_refused(tmp_path: Path) -> None:
+    student = flow_map_of()
+    teacher = DIT.teacher(keyed_generator(0, "teacher"))
+    auxiliary = DIT.flow_map(teacher, ("guidance",), keyed_generator(1, "auxiliary"))
+    with pytest.raises(ValueError, match="must be a DiTFlowMap, got DiTVelocity"):
+        save_whole(replace(student, flow_map=NetworkFlowMap(teacher)), tmp_path)
+    with pytest.raises(ValueError, match=r"embeds \"delta\", and this network \('guidance',\)"):
+        save_whole(replace(student, flow_map=NetworkFlowMap(auxiliary)), tmp_path)
+    with pytest.raises(ValueError, match="by LoRA has no form to be saved whole"):
+        save_whole(flow_map_of(lora=2), tmp_path)
+    averages = dict(student.network.named_parameters())
+    averages.pop("embeddings.delta.inner.bias")
+    with pytest.raises(ValueError, match=r"lack 1 of the student's parameters, embeddings\.delta\.inner\.bias first"):
+        save_whole(student, tmp_path, weights=averages)
+    with torch.no_grad():
+        student.network.embeddings["delta"].outer.bias[0] = torch.nan  # type: ignore[union-attr, index, operator]
+    with pytest.raises(ValueError, match=r"weights of embeddings\.delta\.outer\.bias are not finite"):
+        save_whole(student, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("embeddings.guidance.inner.weight", "misses 1 weights, embeddings.guidance.inner.weight first"), (None, "lacks")],
+)
+def test_a_bad_file_of_a_flow_map_is_refused(key: str | None, message: str, tmp_path: Path) -> None:
+    save_whole(flow_map_of(), tmp_path)
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["pitools"])
+    if key is None:
+        del told["scalars"]
+    else:
+        del tensors[key]
+    save_file(tensors, path, {"pitools": json.dumps(told)})
+    with pytest.raises(ValueError, match=message):
+        load_whole(tmp_path)
