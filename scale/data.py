@@ -1,6 +1,7 @@
 """What students of diffusers transformers train on: a recipe's section `[data]`.
 
     name = "cache"          what `pitools cache` wrote: prompts or class labels, and latents where it was given images
+    name = "classes"        class labels alone, for flow maps, which see no images
     name = "stub-prompts"   random conditions and latents for tiny models, which need no files
 
 A batch is of one size. Latents of several sizes are bucketed: in each epoch every bucket is shuffled and cut into
@@ -145,6 +146,59 @@ class CachedSamples:
             return (torch.arange(len(self)),)
         found, which = torch.unique(sizes, dim=0, return_inverse=True)
         return tuple((which == bucket).nonzero().squeeze(1) for bucket in range(len(found)))
+
+    def evaluation(self, teacher: VelocityField, device: torch.device | str = "cpu") -> None:
+        """None: what there is to see are sheets of samples."""
+
+    def draw_sheet(self, path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
+        """A picture of latents: see the function `draw_sheet`."""
+        draw_sheet(path, rows)
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """The section `[data]` with `name = "classes"`: as many labels, and images that there are none of.
+
+    height, width: of images, in pixels.  channels: of a latent.
+    """
+
+    classes: int = 1000
+    height: int = 256
+    width: int = 256
+    channels: int = 4
+
+    def __post_init__(self) -> None:
+        check_size("height", self.height)
+        check_size("width", self.width)
+        for name in ("classes", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def has_latents(self) -> bool:
+        """There are no images."""
+        return False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one latent."""
+        return self.channels, self.height // VAE, self.width // VAE
+
+    @property
+    def null_conditions(self) -> Conditions:
+        """The label after the last."""
+        return {LABELS: self.classes}
+
+    def __len__(self) -> int:
+        """The number of classes."""
+        return self.classes
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Conditions]:
+        """Zeros of `shape` in the place of latents, and the labels themselves; `ValueError` for one outside."""
+        outside = [index for index in indices if not 0 <= index < self.classes]
+        if outside:
+            raise ValueError(f"indices must lie in 0..{self.classes - 1}, got {outside[0]}")
+        return torch.zeros(len(indices), *self.shape), {LABELS: torch.tensor(list(indices))}
 
     def evaluation(self, teacher: VelocityField, device: torch.device | str = "cpu") -> None:
         """None: what there is to see are sheets of samples."""

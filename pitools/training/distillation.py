@@ -186,9 +186,9 @@ def describe(plan: Plan) -> str:
         beside = sum(v.numel() for v in auxiliary.parameters() if v.requires_grad) if auxiliary is not None else 0
         memory = estimate_map(plan, flow_map, network, auxiliary, teacher, stored)
         lines.append(
-            f"# {flow_map.label}: {trained:,} trained parameters and {beside:,} of the auxiliary network; on one process "
-            f"about {_mib(memory.total)} at once: all weights {_mib(memory.weights)}, gradients, optimisers, EMA "
-            f"{_mib(memory.training)}, passes of the networks {_mib(memory.network)}"
+            f"# {flow_map.label}: {trained:,} trained parameters and {beside:,} of the auxiliary network; on one "
+            f"process about {_mib(memory.total)} at once: all weights {_mib(memory.weights)}, gradients, optimisers "
+            f"and EMA {_mib(memory.training)}, passes of the networks {_mib(memory.network)}"
         )
     return "\n".join(lines)
 

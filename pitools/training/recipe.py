@@ -309,10 +309,14 @@ def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:
         small = backbone.tiny()
     except ValueError as error:
         raise RecipeError(f"--tiny: {error}") from None
+    flow_maps = {
+        key: replace(section, objective=replace(section.objective, delay=1, correction_warmup=1))
+        for key, section in recipe.flow_maps.items()
+    }
     training = replace(
         recipe.training,
         steps=min(recipe.training.steps, 4),
-        batch=4,
+        batch=8 if flow_maps else 4,  # some of a forward pass predict and some correct
         accumulation=min(recipe.training.accumulation, 2),
         checkpoint_every=2,
         log_every=1,
@@ -321,7 +325,10 @@ def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:
     )
     teacher = replace(recipe.teacher, reference_steps=min(recipe.teacher.reference_steps, 4))
     table = {"name": name, **as_table(small)}
-    return replace(recipe, data=backbone.stub, backbone=table, training=training, teacher=teacher), small
+    small_recipe = replace(
+        recipe, data=backbone.stub, backbone=table, training=training, teacher=teacher, flow_maps=flow_maps
+    )
+    return small_recipe, small
 
 
 def _check_teacher(recipe: Recipe, backbone: Backbone) -> None:

@@ -1,18 +1,24 @@
 """The shipped recipes, against the columns of the paper's Tables 8 and 9 and what else is known of their training."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from pitools.objectives.flow_map import Prediction, Times
+from pitools.objectives.free_flow import FreeFlow
 from pitools.sampling import auto_temperature
 from pitools.training.config import parse, read_recipe
+from pitools.training.jobs import Auxiliary
 from pitools.training.optimiser import Optimiser
 from pitools.training.recipe import Recipe, StudentSection, changed_keys, plan
 
 SCALE = Path(__file__).parents[2] / "scale"
 SHIPPED = sorted(path.stem for path in SCALE.glob("*.toml"))
+FREE_FLOW = "dit-freeflow"
+PI_FLOW = [name for name in SHIPPED if name != FREE_FLOW]
 
 
 class Column(NamedTuple):
@@ -136,7 +142,7 @@ def value(values: dict[str, Any], name: str) -> Any:
 
 
 def test_every_shipped_recipe_is_known_here() -> None:
-    assert sorted({*TABLE_8, *TABLE_9, *RELATED, "qwen-polynomial"}) == SHIPPED
+    assert sorted({*TABLE_8, *TABLE_9, *RELATED, "qwen-polynomial", FREE_FLOW}) == SHIPPED
 
 
 @pytest.mark.parametrize(("name", "wanted"), [*TABLE_8.items(), *TABLE_9.items()])
@@ -163,11 +169,34 @@ def test_every_recipe_is_planned(name: str) -> None:
     assert planned.out == Path("runs") / name
     assert planned.teacher_hash == ""  # no teacher is trained
     assert plan(planned.table, name).table == planned.table  # nothing is left to fill in
-    policy = student(name).policy
-    assert list(planned.recipe.students) == [policy]  # its folder tells what is in it
+    if name in PI_FLOW:
+        assert list(planned.recipe.students) == [student(name).policy]  # its folder tells what is in it
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+def test_freeflow_is_its_column_of_table_6() -> None:
+    read = recipe(FREE_FLOW)
+    (section,) = read.flow_maps.values()
+    assert section.objective == FreeFlow(
+        Prediction(steps=8, solver="heun", delta=Times(-0.4, 1.2, at_zero=0.1), power=1.0, warmup=10_000),
+        share=0.75,
+        r=Times(0.8, 1.6),
+        alpha=0.6,
+        delay=10_000,
+        correction_warmup=10_000,
+        decay=25_000,
+        guidance=(1.0, 2.0),
+        guided_until=0.3,
+    )
+    adam = Optimiser(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, warmup_steps=0, decay="constant", clip=0.0)
+    assert section.auxiliary == Auxiliary(optimiser=replace(adam, learning_rate=1e-4))
+    training = read.training
+    assert training.optimiser == replace(adam, learning_rate=3e-5)
+    assert (training.steps, training.batch) == (1_500_000, 256)
+    assert (training.ema_gamma + 1) / training.steps == pytest.approx(1 - 0.9999)
+    assert plan(table(FREE_FLOW), FREE_FLOW).data.shape == (4, 32, 32)
+
+
+@pytest.mark.parametrize("name", PI_FLOW)
 def test_the_official_code_fills_in_what_the_tables_leave_open(name: str) -> None:
     read, objective = recipe(name), student(name).objective
     dit = name.startswith("dit")
@@ -195,7 +224,7 @@ def test_guidance_is_embedded_where_the_teacher_was_distilled_from_it(name: str)
     assert (guidance.scale != 1) == (guidance.embedded is None)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", PI_FLOW)
 def test_the_batch_divides_among_the_gpus_that_the_command_starts(name: str) -> None:
     text = (SCALE / f"{name}.toml").read_text()
     (found,) = re.findall(rf"^#   (.*)pitools distill scale/{name}\.toml$", text, flags=re.MULTILINE)
