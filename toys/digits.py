@@ -18,7 +18,7 @@ from pitools import draws
 from pitools.guidance import Conditioned
 from pitools.metrics import class_diversity, endpoint_rmse, frechet_distance
 from pitools.rollout import integrate
-from pitools.sampling import sample
+from pitools.sampling import best_of, sample
 from pitools.training import keyed_generator, sample_generators
 from pitools.types import Conditions, Student, VelocityField
 from toys.classifier import Classifier, train_classifier
@@ -67,12 +67,16 @@ def load_classifier() -> Classifier:
 class DigitsData:
     """The [data] section of a digits recipe.
 
-    samples: noises that an evaluation starts from, at least 20: two of each class.
+    samples: noises that an evaluation starts from, at least 20: two of each class.  best_of: N of a search for the
+    noises whose samples the classifier is surest of, by each student for the teacher; 0 for none.
     """
 
     samples: int = 1000
+    best_of: int = 0
 
     def __post_init__(self) -> None:
+        if self.best_of < 0:
+            raise ValueError(f"best_of must not be negative, got {self.best_of}")
         if self.samples < 2 * CLASSES:
             raise ValueError(f"samples must be at least {2 * CLASSES}, two of each class, got {self.samples}")
 
@@ -113,7 +117,7 @@ class DigitsData:
 
     def evaluation(self, teacher: VelocityField, device: torch.device | str = "cpu") -> DigitsEvaluation:
         """How students of `teacher` compare with it, from this section's number of noises."""
-        return DigitsEvaluation.prepare(teacher, self.samples, device)
+        return DigitsEvaluation.prepare(teacher, self.samples, device, self.best_of)
 
     def draw_sheet(self, path: Path, rows: Sequence[tuple[str, Tensor]]) -> None:
         """A picture of samples: see the function `draw_sheet`."""
@@ -124,7 +128,7 @@ class DigitsData:
 class DigitsEvaluation:
     """Fixed noises `[S, 1, 8, 8]` and classes on the teacher's device, and its end points for them.
 
-    held_out: features `[R, F]` of the data that nothing was trained on.
+    held_out: features `[R, F]` of the data that nothing was trained on.  best_of: N of `search`, or 0.
     """
 
     teacher: VelocityField
@@ -132,10 +136,13 @@ class DigitsEvaluation:
     conditions: Conditions
     classifier: Classifier
     held_out: Tensor
+    best_of: int = 0
     _references: dict[tuple[float, float], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def prepare(cls, teacher: VelocityField, samples: int, device: torch.device | str = "cpu") -> DigitsEvaluation:
+    def prepare(
+        cls, teacher: VelocityField, samples: int, device: torch.device | str = "cpu", best_of: int = 0
+    ) -> DigitsEvaluation:
         """`samples` noises, class by class in turn; fewer samples have the first of the noises that more have."""
         data = DigitsData(samples)
         # Drawn on the CPU: the same on every device.
@@ -144,7 +151,7 @@ class DigitsEvaluation:
         labels = data.conditions(samples)["class_labels"]
         classifier = load_classifier()
         held_out = classifier.features(load_digits_split().test_images)
-        return cls(teacher, noise.to(device), {"class_labels": labels.to(device)}, classifier, held_out)
+        return cls(teacher, noise.to(device), {"class_labels": labels.to(device)}, classifier, held_out, best_of)
 
     @torch.no_grad()
     def reference(
@@ -164,8 +171,40 @@ class DigitsEvaluation:
                 given = Conditioned(self.teacher, conditions)
                 return integrate(given, noise, 1.0, 0.0, step_size=step_size, shift=shift)
 
-            self._references[key] = self._in_chunks(answer, on_chunk)
+            self._references[key] = self._in_chunks(self.noise, answer, on_chunk)
         return self._references[key]
+
+    @torch.no_grad()
+    def search(
+        self,
+        student: Student,
+        nfe: int,
+        step_size: float = 1 / 128,
+        on_chunk: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Tensor:
+        """The teacher's end points `[S, 1, 8, 8]` from the noises whose samples by the student score best.
+
+        Of `best_of` fresh noises for each sample; see `score`.
+        """
+
+        def noises(n: int) -> Tensor:
+            keys = sample_generators(EVALUATION_SEED, "digits search", n, range(len(self.noise)))
+            return draws.normal(self.noise.shape, keys, torch.empty(0)).to(self.noise.device)
+
+        candidates = torch.stack([noises(n) for n in range(self.best_of)], dim=1)
+
+        def answer(noise: Tensor, conditions: Conditions) -> Tensor:
+            best = best_of(student, noise.unbind(1), self.score, conditions, nfe)
+            return integrate(Conditioned(self.teacher, conditions), best.noise, 1.0, 0.0, step_size=step_size)
+
+        return self._in_chunks(candidates, answer, on_chunk)
+
+    @torch.no_grad()
+    def score(self, latents: Tensor, conditions: Conditions | None) -> Tensor:
+        """`[B]`: the logarithm of how likely the classifier takes each image to be of the class asked for."""
+        labels: Tensor = (conditions or {})["class_labels"].cpu()
+        logits: Tensor = self.classifier(latents.cpu().float())
+        return logits.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1).to(latents.device)
 
     def student(
         self,
@@ -174,7 +213,7 @@ class DigitsEvaluation:
         on_chunk: Callable[[int, int], None] = lambda done, total: None,
     ) -> Tensor:
         """A student's end points `[S, 1, 8, 8]` in `nfe` network evaluations, from the same noises."""
-        return self._in_chunks(lambda noise, conditions: sample(student, noise, nfe, conditions), on_chunk)
+        return self._in_chunks(self.noise, lambda noise, conditions: sample(student, noise, nfe, conditions), on_chunk)
 
     def metrics(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
         """Samples `[S, 1, 8, 8]` beside the teacher's from the same noises, both of this evaluation's classes.
@@ -186,6 +225,7 @@ class DigitsEvaluation:
             distributions as frechet_data is.
         diversity_ratio: mean feature distance of pairs of one class, over the reference's.
         endpoint_rmse: root mean square over all pixels of the difference, in the pixels' units.
+        score: the mean of what `search` maximises, where it has something to choose among.
         Raises `ValueError` for a wrong shape, values that are not finite, or a reference of one image a class.
         """
         for name, images in (("samples", samples), ("reference", reference)):
@@ -201,21 +241,23 @@ class DigitsEvaluation:
         spread = class_diversity(teachers, labels)
         if spread == 0:
             raise ValueError("the reference holds one image a class: there is no diversity to compare with")
+        scores = {"score": float(self.score(samples, {"class_labels": labels}).mean())} if self.best_of else {}
         return {
             "class_accuracy": float((self.classifier.classify(samples) == labels).double().mean()),
             "frechet_data": frechet_distance(features, self.held_out),
             "frechet_teacher": frechet_distance(features, teachers),
             "diversity_ratio": class_diversity(features, labels) / spread,
             "endpoint_rmse": endpoint_rmse(samples, reference),
+            **scores,
         }
 
     def _in_chunks(
-        self, answer: Callable[[Tensor, Conditions], Tensor], on_chunk: Callable[[int, int], None]
+        self, noise: Tensor, answer: Callable[[Tensor, Conditions], Tensor], on_chunk: Callable[[int, int], None]
     ) -> Tensor:
-        total, parts = len(self.noise), []
+        total, parts = len(noise), []
         for start in range(0, total, CHUNK):
             rows = slice(start, start + CHUNK)
-            parts.append(answer(self.noise[rows], {key: value[rows] for key, value in self.conditions.items()}))
+            parts.append(answer(noise[rows], {key: value[rows] for key, value in self.conditions.items()}))
             on_chunk(min(start + CHUNK, total), total)
         return torch.cat(parts)
 

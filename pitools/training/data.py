@@ -33,6 +33,20 @@ class Evaluation(Protocol):
         ...
 
 
+@runtime_checkable
+class Searching(Protocol):
+    """An evaluation with a score of its own, for which students search the teacher's noises."""
+
+    @property
+    def best_of(self) -> int:
+        """Noises to choose among; 0 for no search."""
+        ...
+
+    def search(self, student: Student, nfe: int, step_size: float, on_chunk: OnChunk) -> Tensor:
+        """The teacher's end points from the noises that a student likes best."""
+        ...
+
+
 class Data(Protocol):
     """A recipe's section `[data]`, found through the entry points `pitools.data`: name -> frozen dataclass."""
 

@@ -32,7 +32,7 @@ from pitools.policies import NetworkStudent, Outputs
 from pitools.sampling import sample
 from pitools.training.checkpoint import check_keys, placed, read_tensors, write_json, write_tensors
 from pitools.training.config import RecipeError, to_toml
-from pitools.training.data import Evaluation, OnChunk, Ordered
+from pitools.training.data import Evaluation, OnChunk, Ordered, Searching
 from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError, DivergenceError
 from pitools.training.flow_maps import MapMember, build_auxiliary, build_map, map_members, map_student, train_map
@@ -547,6 +547,7 @@ def _compare(
             results["teacher_with_guidance"].append({"guidance": strength, **metrics})
             samples.append((title, images))
     rows: list[dict[str, Any]] = []
+    searched: list[dict[str, Any]] = []
     for contender in _contenders(plan, teacher_network):
         _load(contender.network, contender.folder / "student.safetensors")
         network = contender.network.eval().to(engine.device)
@@ -560,6 +561,16 @@ def _compare(
         metrics = _metrics(evaluation, contender.title, images, reference)
         rows.append({**contender.row, "steps": plan.recipe.training.steps, **metrics})
         samples.append((contender.title, images))
+        # For the teacher, at its own strength of guidance.
+        own = contender.row.get("guidance", teacher.guidance.scale) == teacher.guidance.scale
+        if isinstance(evaluation, Searching) and evaluation.best_of and own:
+            title = f"teacher, best of {evaluation.best_of} by {contender.row['policy']}, {contender.row['nfe']} NFE"
+            images = evaluation.search(student, contender.row["nfe"], 1 / steps, progress(title))
+            found = {"policy": contender.row["policy"], "nfe": contender.row["nfe"], "best_of": evaluation.best_of}
+            searched.append({**found, **_metrics(evaluation, title, images, reference)})
+            samples.append((title, images))
+    if searched:
+        results["teacher_searched"] = searched
     return {**results, "students": rows}, samples
 
 
@@ -604,6 +615,7 @@ HEADINGS = {
     "frechet_teacher": "FD teacher",
     "diversity_ratio": "diversity",
     "endpoint_rmse": "RMSE",
+    "score": "score",
 }
 
 
@@ -621,6 +633,8 @@ def _table(plan: Plan, results: Mapping[str, Any]) -> Table:
         table.add_column(HEADINGS.get(key, key), justify="right")
     shown = [{"policy": "teacher", "nfe": plan.recipe.teacher.reference_steps, **teacher}]
     shown += [{**shown[0], **row} for row in results.get("teacher_with_guidance", [])]
+    for row in results.get("teacher_searched", []):
+        shown.append({**row, "policy": f"best of {row['best_of']} by {row['policy']}", "nfe": shown[0]["nfe"]})
     for row in [*shown, *results["students"]]:
         name = str(row["policy"]) + (f", γ = {row['guidance']:g}" if "guidance" in row else "")
         table.add_row(name, str(row["nfe"]), *(_show(key, row[key]) for key in teacher))

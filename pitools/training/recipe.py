@@ -291,7 +291,7 @@ def plan(table: Mapping[str, object], name: str, tiny: bool = False) -> Plan:
     architecture = {key: value for key, value in resolved["backbone"].items() if key not in ("head", "weights")}
     teacher = {key: resolved["teacher"][key] for key in ("seed", "label_dropout", "shift")}
     training = {key: value for key, value in resolved["teacher"]["training"].items() if key not in TOLD}
-    source = {key: value for key, value in resolved["data"].items() if key != "samples"}
+    source = {key: value for key, value in resolved["data"].items() if key not in ("samples", "best_of")}
     precision = {"precision": recipe.engine.precision}
     teacher_hash = section_hash(source, architecture, teacher, training, precision)
     return Plan(recipe, data, backbone, out, resolved, teacher_hash)
