@@ -21,6 +21,7 @@ from pitools.rollout import trajectory as trajectory
 from pitools.sampling import best_of as best_of
 from pitools.sampling import sample as sample
 from pitools.types import Factorisation as Factorisation
+from pitools.types import FlowMap as FlowMap
 from pitools.types import Policy as Policy
 from pitools.types import Schedule as Schedule
 from pitools.types import Student as Student

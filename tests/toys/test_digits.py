@@ -10,12 +10,15 @@ import torch
 from mixtures import random
 from torch import Tensor
 
-from pitools import Schedule, integrate, sample
+from pitools import Schedule, draws, integrate, sample
+from pitools.guidance import Conditioned
 from pitools.metrics import class_diversity, frechet_distance
-from pitools.policies import GMHead
-from pitools.types import Conditions, Time, patchwise
+from pitools.policies import FlowMapStudent, GMHead
+from pitools.training import sample_generators
+from pitools.types import PIXELWISE, Conditions, Time, patchwise
 from toys.classifier import Classifier, train_classifier
 from toys.digits import DigitsData, DigitsEvaluation, draw_sheet, load_classifier, load_digits_split
+from toys.evaluation import EVALUATION_SEED
 from toys.network import ToyStudent
 from toys.targets import Target, load_target
 
@@ -242,6 +245,41 @@ def test_metrics_tell_what_is_wrong(evaluation: DigitsEvaluation, reference: Ten
     assert real["frechet_data"] < 0.5 * own["frechet_data"]
     assert real["diversity_ratio"] == pytest.approx(1, abs=0.2)
     assert real["endpoint_rmse"] > 0.4
+
+
+def test_a_search_hands_the_teacher_the_noises_that_score_best() -> None:
+    """By a student that is the teacher itself, so that its choices are the teacher's."""
+    target, count = load_target("digits"), 20
+    searching = DigitsEvaluation.prepare(target, count, best_of=3)
+
+    def ends(noise: Tensor, conditions: Conditions) -> Tensor:
+        return integrate(Conditioned(target, conditions), noise, 1.0, 0.0, step_size=1 / 8)
+
+    def mean_velocity(noise: Tensor, delta: Tensor, conditions: Conditions | None = None) -> Tensor:
+        return noise - ends(noise, conditions or {})
+
+    found = searching.search(FlowMapStudent(mean_velocity, PIXELWISE), 1, step_size=1 / 8)
+    noises = [
+        draws.normal(
+            (count, 1, 8, 8), sample_generators(EVALUATION_SEED, "digits search", n, range(count)), torch.empty(0)
+        )
+        for n in range(3)
+    ]
+    images = torch.stack([ends(noise, searching.conditions) for noise in noises])
+    scores = torch.stack([searching.score(each, searching.conditions) for each in images])
+    best = images[scores.argmax(0), torch.arange(count)]
+    torch.testing.assert_close(found, best, rtol=0, atol=1e-4)
+    assert len(scores.argmax(0).unique()) == 3
+    reference = searching.reference(1 / 8)
+    told = searching.metrics(found, reference)["score"]
+    assert told == pytest.approx(float(scores.amax(0).mean()), abs=1e-4)
+    assert told > searching.metrics(reference, reference)["score"]
+    # Log-probabilities of the class asked for.
+    logits = load_classifier()(found)
+    expected = -torch.nn.functional.cross_entropy(logits, searching.conditions["class_labels"], reduction="none")
+    torch.testing.assert_close(searching.score(found, searching.conditions), expected)
+    with pytest.raises(ValueError, match="best_of must not be negative, got -1"):
+        DigitsData(best_of=-1)
 
 
 def test_what_cannot_be_compared_is_refused(evaluation: DigitsEvaluation, reference: Tensor) -> None:

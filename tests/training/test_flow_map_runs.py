@@ -87,9 +87,17 @@ def test_it_is_compared_at_each_strength_of_guidance(whole: Folder) -> None:
         ("freeflow", 1, 1.0),
     ]
     assert [row["guidance"] for row in results["teacher_with_guidance"]] == [1.0]
+    assert [(row["policy"], row["nfe"], row["best_of"]) for row in results["teacher_searched"]] == [("freeflow", 1, 2)]
+    assert all("score" in row for row in [results["teacher"], *results["students"], *results["teacher_searched"]])
     again = whole.run()
     assert "freeflow-1nfe is trained" in again.out
-    for title in ("teacher, 4 steps", "teacher, 4 steps, γ = 1", "freeflow, 1 NFE, γ = 2", "freeflow, 1 NFE, γ = 1"):
+    for title in (
+        "teacher, 4 steps",
+        "teacher, 4 steps, γ = 1",
+        "freeflow, 1 NFE, γ = 2",
+        "freeflow, 1 NFE, γ = 1",
+        "teacher, best of 2 by freeflow, 1 NFE",
+    ):
         assert f"Comparing: {title}, 20/20 samples" in again.out
     assert "freeflow, γ = 1" in again.out.replace("\n", " ")
 
