@@ -1,4 +1,4 @@
-"""`pitools distill toys/digits.toml` from nothing: what its table must show."""
+"""`pitools distill toys/digits.toml` and `toys/digits-freeflow.toml`, from nothing: what their tables must show."""
 
 import json
 import re
@@ -86,6 +86,64 @@ def test_the_policy_costs_little_of_a_training_step(run: tuple[Path, str, float]
         lines = [json.loads(line) for line in (run[0] / label / "log.jsonl").read_text().splitlines()]
         policy = sum(line["policy_seconds"] for line in lines)
         assert policy / sum(line["seconds_per_step"] for line in lines) < 0.15
+
+
+@pytest.fixture(scope="module")
+def freeflow(run: tuple[Path, str, float]) -> tuple[dict[str, Any], float]:
+    """FreeFlow's table, and the seconds that it takes from nothing: the teacher is the one that there is."""
+    folder, start = run[0].parent, time.perf_counter()
+    command = [sys.executable, "-m", "pitools", "distill", "toys/digits-freeflow.toml"]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "teacher: step" not in done.stdout
+    seconds = time.perf_counter() - start
+    (log,) = (folder / "teachers").glob("*/log.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    taught = sum(
+        line["seconds_per_step"] * (line["step"] - before) for line, before in zip(lines, starts(lines), strict=True)
+    )
+    print(done.stdout[-3000:], f"\n{seconds:.0f} s, and the teacher {taught:.0f} s")
+    return json.loads((folder / "digits-freeflow" / "metrics.json").read_text()), seconds + taught
+
+
+def starts(lines: list[dict[str, Any]]) -> list[int]:
+    """The step before each line's first."""
+    return [0, *(int(line["step"]) for line in lines[:-1])]
+
+
+def by_strength(rows: list[dict[str, Any]]) -> dict[float, dict[str, float]]:
+    return {row["guidance"]: row for row in rows}
+
+
+def test_freeflow_takes_under_25_minutes(freeflow: tuple[dict[str, Any], float]) -> None:
+    assert freeflow[1] < 25 * 60
+
+
+def test_freeflow_draws_the_class_that_it_is_asked_for(freeflow: tuple[dict[str, Any], float]) -> None:
+    results = freeflow[0]
+    student = by_strength(results["students"])[2.0]
+    assert student["class_accuracy"] >= results["teacher"]["class_accuracy"] - 0.05
+    assert student["endpoint_rmse"] <= 0.15
+    assert student["diversity_ratio"] >= 0.9
+
+
+def test_guidance_is_chosen_when_freeflow_samples(freeflow: tuple[dict[str, Any], float]) -> None:
+    """The stronger, the surer of its class and the less varied, as the teacher is; and near the teacher of the same."""
+    students, teachers = (by_strength(freeflow[0][key]) for key in ("students", "teacher_with_guidance"))
+    weak, middle, strong = (students[strength] for strength in (1.0, 1.5, 2.0))
+    assert weak["class_accuracy"] + 0.01 < strong["class_accuracy"]
+    assert weak["score"] < middle["score"] < strong["score"]
+    assert weak["diversity_ratio"] > middle["diversity_ratio"] + 0.05 > strong["diversity_ratio"] + 0.1
+    for strength, teacher in teachers.items():
+        assert abs(students[strength]["class_accuracy"] - teacher["class_accuracy"]) <= 0.05
+        assert students[strength]["diversity_ratio"] == pytest.approx(teacher["diversity_ratio"], rel=0.15)
+
+
+def test_noises_that_freeflow_proposes_are_better_for_the_teacher(freeflow: tuple[dict[str, Any], float]) -> None:
+    results = freeflow[0]
+    (searched,) = results["teacher_searched"]
+    assert searched["best_of"] > 1
+    assert searched["score"] > results["teacher"]["score"]
 
 
 def short(folder: Path, optimiser: str, seed: int) -> dict[str, float]:
