@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -299,6 +300,53 @@ def test_a_policys_complaint_is_a_divergence_only_where_the_answer_is_not_finite
     with pytest.raises(DivergenceError, match=f"job, {where}: the network's answer is not finite.*step-00000002"):
         run(tmp_path / "infinite", job, section, draw_sheet=draw_infinite)
     assert steps_in(tmp_path / "infinite") == ["step-00000002"]
+
+
+def test_a_helper_is_trained_beside_as_it_would_be_alone(tmp_path: Path) -> None:
+    """Bit for bit, each with its own optimiser; and the job itself as it would be without."""
+    own = Optimiser(learning_rate=0.02, warmup_steps=1, clip=0.3)
+    beside = Regression(Network(), parts=("its own",))
+    helped = Regression(Network(), helper=Helper("other", beside, own))
+    got = run(tmp_path / "helped", helped)
+    alone = run(tmp_path / "alone", Regression(Network()))
+    assert all(torch.equal(value, alone[name]) for name, value in got.items())
+
+    other = Regression(Network(), parts=("its own",))
+    section = replace(SECTION, optimiser=own)
+    engine = Engine(EngineSection(device="cpu", tensorboard=False))
+    quiet = Console(quiet=True)
+    train(other, section, Points(), engine, seed=5, folder=tmp_path / "other", name="job other 0", console=quiet)  # type: ignore[arg-type]
+    assert all(
+        torch.equal(value, other.network.state_dict()[name]) for name, value in beside.network.state_dict().items()
+    )
+    assert not torch.equal(beside.network.line.weight, Network().line.weight)  # type: ignore[union-attr, arg-type]
+    losses = [
+        [line.get(key) for line in lines(tmp_path / name)]
+        for name, key in (("helped", "auxiliary_loss"), ("other", "loss"))
+    ]
+    assert losses[0] == losses[1]
+    assert all("auxiliary_loss" not in line for line in lines(tmp_path / "alone"))
+
+
+def test_a_helper_is_updated_as_often_as_it_says(tmp_path: Path) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def told(name: str) -> Callable[[int, int, Tensor], Tensor]:
+        return lambda step, index, loss: (asked.append((name, step)), loss)[1]
+
+    beside = Regression(Network(), parts=("its own",), spoil=told("helper"))
+    job = Regression(Network(), parts=("one",), spoil=told("job"), helper=Helper("other", beside, Optimiser(), 3))
+    run(tmp_path, job, replace(SECTION, steps=2))
+    assert asked == [(name, step) for step in (0, 1) for name in ("helper", "helper", "helper", "job")]
+
+
+def test_a_helper_that_diverges_stops_the_run_before_its_weights_change(tmp_path: Path) -> None:
+    beside = Regression(Network(), parts=("its own",), spoil=spoiled(4, 0, lambda loss: loss * math.nan))
+    section = replace(SECTION, checkpoint_every=4)
+    with pytest.raises(DivergenceError, match=r"job other, step 5, its own: loss nan.*step-00000004"):
+        run(tmp_path, Regression(Network(), helper=Helper("other", beside, Optimiser())), section)
+    saved = load_file(tmp_path / "checkpoints" / "step-00000004" / "other-model.safetensors")
+    assert all(torch.equal(beside.network.state_dict()[name], value) for name, value in saved.items())
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path: Path) -> None:
