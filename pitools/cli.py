@@ -83,8 +83,8 @@ def distill(
     from rich.console import Console
 
     from pitools.training.config import RecipeError, find_recipe, override, read_recipe
-    from pitools.training.distillation import describe
     from pitools.training.distillation import distill as run
+    from pitools.training.dry_run import describe
     from pitools.training.errors import CheckpointError, DivergenceError, Stopped
     from pitools.training.recipe import plan
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pitools.path import align, as_time
-from pitools.types import Conditions, Time, VelocityField
+from pitools.types import Conditions, Time, VelocityField, rows_of
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -96,7 +96,7 @@ class Teacher:
         rows = ((t >= self.guidance.low) & (t <= self.guidance.high) & (scale != 1)).nonzero().squeeze(1)
         if len(rows) == 0:
             return u
-        null = {name: _rows(value, rows, len(x_t)) for name, value in self._null(conditions or {}, x_t).items()}
+        null = rows_of(self._null(conditions or {}, x_t), rows.tolist(), len(x_t))
         u_null = self._ask(x_t[rows], t[rows], null)
         guided = u_null + align(scale[rows], u_null) * (u[rows] - u_null)
         return u.index_copy(0, rows, guided.to(u.dtype))
@@ -185,12 +185,3 @@ def _null_value(name: str, value: Any, condition: Any, x_t: Tensor) -> Any:
             f"got shape {tuple(value.shape)}"
         )
     return value.expand(len(x_t), *value.shape[1:])
-
-
-def _rows(value: Any, rows: Tensor, batch: int) -> Any:
-    """The given rows of what has one entry for each sample; anything else as it is."""
-    if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-        return value[rows]
-    if isinstance(value, list) and len(value) == batch:
-        return [value[row] for row in rows.tolist()]
-    return value

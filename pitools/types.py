@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypeAlias, runtime_checkable
 
@@ -163,6 +163,19 @@ class Factorisation:
             for name in unknown:
                 axes[name] = size // known
         return axes
+
+
+def rows_of(conditions: Conditions, rows: Sequence[int], batch: int) -> dict[str, Any]:
+    """The conditions of some samples: a tensor or a list with `batch` entries is taken to have one for each."""
+    found: dict[str, Any] = {}
+    for name, value in conditions.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+            found[name] = value[list(rows)]
+        elif isinstance(value, list) and len(value) == batch:
+            found[name] = [value[row] for row in rows]
+        else:
+            found[name] = value
+    return found
 
 
 POINTS = Factorisation("b c -> b 1 c")

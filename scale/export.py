@@ -27,11 +27,12 @@ from torch import Tensor
 from pitools.guidance import Guidance
 from pitools.policies import NetworkStudent
 from pitools.training.checkpoint import latest, read_tensors
-from pitools.training.distillation import Member, all_members, build_student
+from pitools.training.distillation import all_members
 from pitools.training.errors import CheckpointError
 from pitools.training.flow_maps import MapMember, build_map, map_student
 from pitools.training.random import keyed_generator
 from pitools.training.recipe import Plan, plan
+from pitools.training.students import Member, build_student
 from scale.adapted import ADAPTER, AdaptedPolicy
 from scale.backbone import TextToImage
 from scale.dit import DiT, DiTFlowMap, DiTPolicy

@@ -8,9 +8,9 @@ from typing import Any, Literal, cast
 import torch
 from rich.console import Console
 
-from pitools.training.distillation import build_student
 from pitools.training.flow_maps import MapMember
 from pitools.training.random import keyed_generator
+from pitools.training.students import build_student
 from scale.adapted import AdaptedPolicy, Base, computes_in
 from scale.backbone import TextToImage, section_of
 from scale.classes import PiDiTPipeline, strength_for

@@ -19,8 +19,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 from training.recipes import tiny, write
 
+from pitools.training.comparison import show_comparison
 from pitools.training.config import RecipeError, find_recipe, override, read_recipe, to_toml
-from pitools.training.distillation import check_engine, members, show_comparison
+from pitools.training.distillation import all_members, check_engine
 from pitools.training.engine import Engine, EngineSection
 from pitools.training.recipe import changed_keys, plan
 
@@ -314,7 +315,7 @@ def test_help_has_examples(folder: Folder) -> None:
 )
 def test_every_shipped_recipe_can_be_planned(path: Path) -> None:
     planned = plan(read_recipe(find_recipe(f"toys/{path.name}", ["toys"])), path.stem)
-    assert members(planned)
+    assert all_members(planned)
     assert plan(planned.table, path.stem).table == planned.table  # nothing is left to fill in
 
 
@@ -360,7 +361,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
         "[teacher.training] batch 8 does not divide into 3 accumulation steps",
     ),
     "an unknown backbone": ({"backbone": {"name": "unet"}}, [], "[backbone] needs name"),
-    "unknown data": ({"data": {"name": "cats"}}, [], "(cache, digits, stub-prompts), got 'cats'"),
+    "unknown data": ({"data": {"name": "cats"}}, [], "(cache, classes, digits, stub-prompts), got 'cats'"),
     "a backbone of another size": ({"backbone.size": 16}, [], "made for latents (1, 16, 16), and [data] has (1, 8, 8)"),
     "a backbone of other classes": ({"backbone.classes": 5}, [], "made for 5 classes, and [data] has 10"),
     "a patch that does not fit": ({"backbone.patch": 3}, [], "size 8 is not a multiple of patch 3"),

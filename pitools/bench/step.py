@@ -66,12 +66,12 @@ def _digits(settings: Settings, nfe: int) -> tuple[Callable[[], list[dict[str, f
     from pitools.guidance import Teacher, frozen
     from pitools.policies import GMHead
     from pitools.training.config import RecipeError, find_recipe, override, read_recipe
-    from pitools.training.distillation import Member, build_student
     from pitools.training.engine import Engine, EngineSection
     from pitools.training.jobs import Distillation
     from pitools.training.loop import train
     from pitools.training.random import keyed_generator
     from pitools.training.recipe import plan
+    from pitools.training.students import Member, build_student
 
     try:
         changes = [f"students.{STUDENT}.nfe=[{nfe}]"] + ([f"training.batch={settings.batch}"] if settings.batch else [])

@@ -131,9 +131,11 @@ def predict(
             asked = t.clamp(min=confident)
             u = teacher.velocity(noised(x, t, asked, normal(x.shape, randomness, like=x)), asked, conditions)
         else:
+            asked = t
             u = teacher.velocity(x, t, conditions)
-            if prediction.steps and prediction.solver == "heun":
-                u = _heun(teacher, x, u, t, end - start, conditions)
+        if prediction.steps and prediction.solver == "heun" and bool((asked == t).any()):
+            # Where noise has brought the state to t_c, u is what the teacher says there.
+            u = torch.where(align(asked == t, u), _heun(teacher, x, u, t, end - start, conditions), u)
         difference = v - u
         square = difference.square().flatten(1).mean(1)
         weighted = difference * align((square + WEIGHT_EPS) ** -prediction.power, difference)

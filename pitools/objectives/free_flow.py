@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pitools.draws import Randomness, uniform
 from pitools.objectives.flow_map import Prediction, Times, balance, correct, noising_loss, predict
-from pitools.types import Conditions, FlowMap, VelocityField
+from pitools.types import Conditions, FlowMap, VelocityField, rows_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FreeFlow:
     r: the law of the correction's times, and of its auxiliary network's.  alpha: α_ref.  delay, correction_warmup,
     decay: T_delay, T_warmup and T_decay in steps; a decay of 0 is none.  guidance: the ends of the interval that γ is
     drawn from, None for no such condition.  guided_until: the largest t at which guidance acts in the correction (the
-    paper's guidance interval, Table 1c); None for the teacher's own.
+    paper's guidance interval, Table 1c), whatever the teacher's own; None for that.
     Raises `ValueError` for a value out of range.
     """
 
@@ -82,8 +82,9 @@ class FreeFlow:
 
 @dataclass(frozen=True)
 class FreeFlowLoss:
-    """loss: 0-d, with the student's graph.  predicted, corrected: 0-d, means of ½ Δ_G² and ½ Δ_N² over the elements of
-    their parts of the batch, without a graph; NaN for a part that there is not."""
+    """loss: 0-d, with the student's graph.  predicted, corrected: 0-d, ½ Δ_G² and ½ Δ_N² without a graph, sums over
+    their parts of these samples over how many those should be, so that the mean over processes is the mean over the
+    batch; NaN for a part that there is not."""
 
     loss: Tensor
     predicted: Tensor
@@ -118,16 +119,20 @@ def free_flow_loss(
     loss, missing = noise.new_zeros(()), noise.new_full((), math.nan)
     first, second = None, None
     if predicting:
-        given, its = _part(conditions, predicting, batch), _own(randomness, predicting)
+        given, its = rows_of(conditions, predicting, batch), _own(randomness, predicting)
         confident = objective.confident_at(step)
         first = predict(flow_map, teacher, noise[predicting], objective.prediction, given, confident, its)
         loss = loss + first.loss.sum() / batch
     if correcting and auxiliary is not None and alpha > 0:
-        given, its = _part(conditions, correcting, batch), _own(randomness, correcting)
+        given, its = rows_of(conditions, correcting, batch), _own(randomness, correcting)
         second = correct(flow_map, auxiliary, corrector or teacher, noise[correcting], objective.r, given, its)
         weight = balance(alpha, first.difference, second.difference, mean) if first is not None else 1.0
         loss = loss + weight * second.loss.sum() / batch
-    errors = [missing if part is None else part.error.square().mean() / 2 for part in (first, second)]
+    expected = batch * objective.share, batch * (1 - objective.share)
+    errors = [
+        missing if part is None else part.error.square().sum() / (2 * count)
+        for part, count in zip((first, second), expected, strict=True)
+    ]
     return FreeFlowLoss(loss, *errors)
 
 
@@ -143,7 +148,7 @@ def auxiliary_loss(
     """The auxiliary network's loss, 0-d, on the student's samples from those of noise `[B, ...]` that correct."""
     batch = len(noise)
     _, correcting = objective.split(rows or range(batch))
-    conditions = _part(_with_strengths(objective, noise, conditions, randomness), correcting, batch)
+    conditions = rows_of(_with_strengths(objective, noise, conditions, randomness), correcting, batch)
     its = _own(randomness, correcting)
     found = noising_loss(auxiliary, flow_map, noise[correcting], objective.r, conditions, its)
     return found.sum() / (batch * (1 - objective.share))
@@ -157,19 +162,6 @@ def _with_strengths(
         return conditions or {}
     low, high = objective.guidance
     return {**(conditions or {}), "guidance": low + (high - low) * uniform([len(noise)], randomness, like=noise)}
-
-
-def _part(conditions: Conditions, rows: list[int], batch: int) -> Conditions:
-    """The conditions of some rows of the batch."""
-    found: dict[str, object] = {}
-    for name, value in conditions.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-            found[name] = value[rows]
-        elif isinstance(value, list) and len(value) == batch:
-            found[name] = [value[row] for row in rows]
-        else:
-            found[name] = value
-    return found
 
 
 def _own(randomness: Randomness, rows: list[int]) -> Randomness:

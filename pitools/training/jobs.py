@@ -94,7 +94,7 @@ class Helper:
 
 @dataclass(frozen=True)
 class Distillation:
-    """π-ID of a student whose network is a module; the teacher's network is called through `ask`."""
+    """π-ID of a student whose network is a module."""
 
     student: NetworkStudent
     teacher: Teacher
@@ -190,7 +190,7 @@ class Auxiliary:
 class FlowMapDistillation:
     """FreeFlow's student: its network takes "delta" and "guidance" among its conditions. No data is read.
 
-    auxiliary: the training of the noising velocity's network, None where nothing corrects; `ask` calls that network.
+    auxiliary: the training of the noising velocity's network, None where nothing corrects; `ask_auxiliary` calls that.
     teacher: with the guidance scale that counts where the objective draws no strengths.  classes: of `class_labels`,
     which are drawn evenly.  mean: over the processes.
     """
@@ -200,7 +200,7 @@ class FlowMapDistillation:
     teacher: Teacher
     objective: FreeFlow
     classes: int
-    ask: Call | None
+    ask_auxiliary: Call | None
     mean: Callable[[Tensor], Tensor]
     parts: Sequence[str] = ("FreeFlow",)
     reads_data: ClassVar[bool] = False
@@ -214,7 +214,7 @@ class FlowMapDistillation:
     def losses(self, network: Call, step: int, batch: Batch, clock: Clock) -> Iterator[Part]:
         """Prediction and correction (FreeFlow, section 5.1)."""
         noise, conditions = draw_noise(batch, self.classes)
-        noising = None if self.ask is None else Field(self.ask, clock)
+        noising = None if self.ask_auxiliary is None else Field(self.ask_auxiliary, clock)
         teacher, corrector = (TimedTeacher(each, clock) for each in self.teachers)
         found = free_flow_loss(
             self.objective,
@@ -238,20 +238,20 @@ class FlowMapDistillation:
         until, own = self.objective.guided_until, self.teacher
         other = own
         if until is not None:
-            guidance = replace(own.guidance, low=min(own.guidance.low, until), high=until)
+            guidance = replace(own.guidance, high=until)
             other = replace(own, guidance=guidance)
         return (own, other) if self.objective.guidance is None else (AnyStrength(own), AnyStrength(other))
 
 
 @dataclass(frozen=True)
 class AuxiliaryTraining:
-    """The noising velocity of a student's samples (FreeFlow, Eq. 12); `ask` calls the student's network."""
+    """The noising velocity of a student's samples (FreeFlow, Eq. 12); `ask_student` calls the student's network."""
 
     network: nn.Module
     section: Auxiliary
     objective: FreeFlow
     classes: int
-    ask: Call
+    ask_student: Call
     parts: Sequence[str] = ("noising velocity",)
     reads_data: ClassVar[bool] = False
     helper: ClassVar[None] = None
@@ -262,7 +262,7 @@ class AuxiliaryTraining:
         loss = auxiliary_loss(
             self.objective,
             Field(network, clock),
-            NetworkFlowMap(TimedField(self.ask, clock)),
+            NetworkFlowMap(TimedField(self.ask_student, clock)),
             noise,
             conditions,
             batch.randomness,

@@ -115,6 +115,12 @@ class Window:
         }
 
 
+def tell(console: Console, message: str) -> None:
+    """Print a line, whatever is in it."""
+    # A path may look like markup, and is easier to copy from one line.
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
 class RunLog:
     """Tells of a run's steps; a context manager.
 
@@ -180,7 +186,7 @@ class RunLog:
     def note(self, message: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._console is not None:
-            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+            tell(self._console, message)
 
     def image(self, tag: str, path: Path, step: int) -> None:
         """Show a picture file, such as a sheet of samples, in TensorBoard."""

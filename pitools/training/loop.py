@@ -33,7 +33,7 @@ from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError, DivergenceError, Stopped
 from pitools.training.interrupt import Interrupt, graceful_interrupt
 from pitools.training.jobs import Batch, Call, Job
-from pitools.training.log import RunLog, StepRecord, peak_memory
+from pitools.training.log import RunLog, StepRecord, peak_memory, tell
 from pitools.training.optimiser import Optimiser, build_optimiser, clip_at, learning_rate_at, local
 from pitools.training.random import keyed_generator, sample_generators
 
@@ -384,5 +384,5 @@ def _resume(
         checkpoint.restore_optimiser(trainee.optimiser, trainee.named, found.tensors[f"{trainee.files}optimiser"])
     ema.load_state_dict(found.tensors["ema"])
     if engine.main:
-        console.print(f"Going on from {found.path}", markup=False, highlight=False, soft_wrap=True)
+        tell(console, f"Going on from {found.path}")
     return found.step, found.meta["log"]

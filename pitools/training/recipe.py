@@ -122,8 +122,7 @@ class TeacherSection:
     training: of its own weights, by flow matching; none for a backbone that comes with weights.  label_dropout: how
     often its conditions are replaced by the null ones there, which is what guidance needs.  shift: m of its training
     times.  reference_steps: Euler steps of its own samples, with which students are compared, even in the raw time of
-    a student on its sheets.  seed: of its weights,
-    order and draws; runs with other seeds share it.
+    a student on its sheets.  seed: of its weights, order and draws; runs with other seeds share it.
     """
 
     training: Training | None = None
@@ -203,6 +202,8 @@ class FlowMapSection:
 
     def __post_init__(self) -> None:
         low, high = self.objective.guidance or (math.nan, math.nan)
+        if len(set(self.strengths)) != len(self.strengths):
+            raise ValueError(f"strengths must be different numbers, got {list(self.strengths)}")
         for strength in self.strengths:
             if not low <= strength <= high:
                 trained = "none" if self.objective.guidance is None else f"those in [{low:g}, {high:g}]"
@@ -310,14 +311,14 @@ def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:
     except ValueError as error:
         raise RecipeError(f"--tiny: {error}") from None
     flow_maps = {
-        key: replace(section, objective=replace(section.objective, delay=1, correction_warmup=1))
+        key: replace(section, objective=_without_waiting(section.objective))
         for key, section in recipe.flow_maps.items()
     }
     training = replace(
         recipe.training,
         steps=min(recipe.training.steps, 4),
-        batch=8 if flow_maps else 4,  # some of a forward pass predict and some correct
-        accumulation=min(recipe.training.accumulation, 2),
+        batch=8 if flow_maps else 4,  # of which some predict and some correct
+        accumulation=1 if flow_maps else min(recipe.training.accumulation, 2),
         checkpoint_every=2,
         log_every=1,
         sheet_every=4,
@@ -329,6 +330,12 @@ def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:
         recipe, data=backbone.stub, backbone=table, training=training, teacher=teacher, flow_maps=flow_maps
     )
     return small_recipe, small
+
+
+def _without_waiting(objective: FreeFlow) -> FreeFlow:
+    """All of it at work within a few steps."""
+    prediction = replace(objective.prediction, warmup=min(objective.prediction.warmup, 1))
+    return replace(objective, prediction=prediction, delay=1, correction_warmup=1)
 
 
 def _check_teacher(recipe: Recipe, backbone: Backbone) -> None:
@@ -352,6 +359,12 @@ def _check_flow_maps(recipe: Recipe, backbone: Backbone, data: Data) -> None:
             raise RecipeError(
                 f'[flow_maps.{name}] is for a class-conditional backbone with flow maps, such as "dit", and data with '
                 f'classes; "{recipe.backbone["name"]}" and "{recipe.data["name"]}" are not; use [students.{name}]'
+            )
+        until, start = section.objective.guided_until, teacher.guidance.low
+        if until is not None and until < start:
+            raise RecipeError(
+                f"[flow_maps.{name}.objective] guided_until {until:g} and [teacher.guidance] low {start:g} leave no t "
+                "at which guidance acts; change one of them"
             )
         if section.objective.guidance is None:
             continue

@@ -16,8 +16,8 @@ from pitools.policies import GMHead, NetworkStudent
 from pitools.sampling import sample
 from pitools.training import CheckpointError, checkpoint
 from pitools.training.config import parse, to_toml
-from pitools.training.distillation import build_student, members
 from pitools.training.recipe import Plan, Recipe
+from pitools.training.students import build_student, members
 from pitools.types import Schedule
 from scale import export as module
 from scale.adapted import ADAPTER, AdaptedPolicy, Base

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from test_resume import STEP, Folder, assert_ends_as, one_error
 
 from pitools.training.config import RecipeError
-from pitools.training.distillation import check_engine, describe
+from pitools.training.distillation import check_data, check_engine
+from pitools.training.dry_run import describe
 from pitools.training.engine import Engine, EngineSection
 from pitools.training.recipe import plan
 
@@ -88,6 +90,7 @@ def test_it_is_compared_at_each_strength_of_guidance(whole: Folder) -> None:
     ]
     assert [row["guidance"] for row in results["teacher_with_guidance"]] == [1.0]
     assert [(row["policy"], row["nfe"], row["best_of"]) for row in results["teacher_searched"]] == [("freeflow", 1, 2)]
+    assert all("endpoint_rmse" not in row for row in results["teacher_searched"])  # its noises are others
     assert all("score" in row for row in [results["teacher"], *results["students"], *results["teacher_searched"]])
     again = whole.run()
     assert "freeflow-1nfe is trained" in again.out
@@ -178,6 +181,7 @@ def test_a_dry_run_tells_of_both_networks() -> None:
 WRONG = {
     "flow_maps.freeflow.objective.share": (1.5, "share must lie in"),
     "flow_maps.freeflow.auxiliary.updates": (0, "updates must be a whole number of at least 1"),
+    "flow_maps.freeflow.auxiliary.lora": (-1, "lora must be a whole number of at least 0"),
     "flow_maps.freeflow.strengths": ([3.0], r"strengths has 3, and objective.guidance trains those in \[1, 2\]"),
     "teacher.guidance.scale": (4.0, r"guidance is \[1, 2\], and \[teacher.guidance\] scale 4"),
     "teacher.label_dropout": (0.0, "label_dropout above 0"),
@@ -201,9 +205,44 @@ def test_a_backbone_without_classes_is_refused() -> None:
 
 
 def test_a_forward_pass_without_one_of_the_parts_is_refused() -> None:
+    engine = Engine(EngineSection(device="cpu"))
     made = plan(flow_map(**{"training.accumulation": 4}), "recipe")
-    with pytest.raises(RecipeError, match="of 2 samples in a forward pass none would correct; raise batch"):
-        check_engine(made, Engine(EngineSection(device="cpu")))
+    with pytest.raises(RecipeError, match="of the 2 samples in a forward pass none may correct; raise batch"):
+        check_engine(made, engine)
+    # On every process, also where its own rows have both.
+    made = plan(flow_map(**{"training.batch": 4}), "recipe")
+    engine.world = 2
+    for engine.rank in (0, 1):
+        with pytest.raises(RecipeError, match="of the 2 samples"):
+            check_engine(made, engine)
+
+
+def test_what_is_not_supported_together_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(EngineSection(device="cpu"))
+    both = flow_map(**{"engine.compile": True, "flow_maps.freeflow.objective.prediction.steps": 0})
+    with pytest.raises(RecipeError, match=r"compile = true and .* steps = 0 are not supported together"):
+        check_engine(plan(both, "recipe"), engine)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    eight = flow_map(**{"flow_maps.freeflow.auxiliary.optimiser.name": "adamw8bit"})
+    with pytest.raises(RecipeError, match=r"\[flow_maps.freeflow.auxiliary.optimiser\] name = .adamw8bit. needs"):
+        check_engine(plan(eight, "recipe"), engine)
+    labels = flow_map(data={"name": "classes", "classes": 10, "height": 64, "width": 64, "channels": 1})
+    with pytest.raises(RecipeError, match=r"\[data\] has no images, and \[teacher.training\] needs them"):
+        check_data(plan(labels, "recipe"))
+
+
+def test_a_run_goes_on_whose_recipe_lacks_a_key_that_is_new(whole: Folder) -> None:
+    path = out(whole).parent / "recipe.toml"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("best_of = 2\n", ""))
+        refused = whole.run()
+        assert "differs in data.best_of" in one_error(refused)  # its default is another
+        path.write_text(text.replace("power = 1.0\n", ""))
+        assert path.read_text() != text
+        assert whole.run().code == 0
+    finally:
+        path.write_text(text)
 
 
 def test_without_guidance_or_correction_there_is_less_to_train(taught: Folder) -> None:

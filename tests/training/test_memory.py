@@ -20,13 +20,14 @@ import scale.backbone
 from pitools.guidance import Teacher, frozen
 from pitools.policies import GMHead
 from pitools.training import keyed_generator
-from pitools.training.distillation import Memory, build_student, describe, estimate, members
+from pitools.training.dry_run import describe, estimate
 from pitools.training.engine import Engine
 from pitools.training.jobs import Distillation
 from pitools.training.loop import train
-from pitools.training.memory import Live, plain_bytes, state_bytes, weight_bytes
+from pitools.training.memory import Live, Memory, plain_bytes, state_bytes, weight_bytes
 from pitools.training.optimiser import Optimiser, build_optimiser
 from pitools.training.recipe import Plan, plan
+from pitools.training.students import build_student, members
 from scale.backbone import Flux, Flux2, QwenImage, TextToImage
 from scale.dit import DiT
 from scale.quantise import Quantisation

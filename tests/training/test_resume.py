@@ -73,7 +73,7 @@ KILLS = {
     "in the last step": STEP.format(call=2, action="die", after=False),
     "while an old checkpoint is removed": "at(os, 'replace', 1, die, after=True, when=onto('-step-00000002'))",
     "before a student's weights": "at(os, 'replace', 1, die, when=onto('gm-2nfe/student.safetensors'))",
-    "between the students": "at(distillation, '_student', 2, die)",
+    "between the students": "at(distillation, 'train_student', 2, die)",
     "in the next student's sheet": "at(toys.digits, 'draw_sheet', 1, die)",
     "in the evaluation": "at(DigitsEvaluation, 'student', 2, die)",
     "before the metrics": "at(os, 'replace', 1, die, when=onto('metrics.json'))",
@@ -228,7 +228,7 @@ def test_a_signal_saves_the_step_that_was_running(action: str, code: int, whole:
 
 
 def test_a_signal_before_the_first_checkpoint_is_due_saves_one(whole: Folder, taught: Folder) -> None:
-    run = taught.run("at(distillation.Distillation, 'losses', 1, terminate)")
+    run = taught.run("at(__import__('pitools.training.jobs').training.jobs.Distillation, 'losses', 1, terminate)")
     assert run.code == 143, run
     assert "gm-2nfe stopped at step 1 of 6" in run.out
     assert [path.name for path in (taught.gm / "checkpoints").iterdir()] == ["step-00000001"]
@@ -307,7 +307,7 @@ def test_a_run_with_damaged_checkpoints_alone_names_them_and_changes_nothing(tau
 
 
 def test_damaged_weights_are_named_and_written_again_once_deleted(whole: Folder, taught: Folder) -> None:
-    taught.run("at(distillation, '_student', 2, die)")
+    taught.run("at(distillation, 'train_student', 2, die)")
     _truncate(taught.gm / "student.safetensors")
     run = taught.run()
     assert run.code == 1
@@ -388,7 +388,7 @@ def test_files_that_may_grow_no_further_are_one_clear_error(whole: Folder, taugh
 
 
 def test_what_is_finished_is_not_done_again(whole: Folder, taught: Folder) -> None:
-    run = taught.run("at(distillation, '_student', 2, die)")
+    run = taught.run("at(distillation, 'train_student', 2, die)")
     assert "gm-2nfe: step 6/6" in run.out
     run = taught.run()
     assert "gm-2nfe is trained: runs/recipe/gm-2nfe/student.safetensors" in run.out
