@@ -45,7 +45,8 @@ def test_toy_writes_its_folder_and_the_same_seed_gives_the_same_metrics(tmp_path
     assert "same mode" in text
     first = metrics(folder)
     assert [(row["policy"], row["nfe"]) for row in first["students"]] == [("gm", 1), ("gm", 2)]
-    keys = {"same_mode", "off_mode", "modes_covered", "sliced_wasserstein", "energy_distance", "endpoint_rmse"}
+    distances = {"sliced_wasserstein", "energy_distance", "endpoint_rmse", "diversity"}
+    keys = {"same_mode", "off_mode", "modes_covered", "spread"} | distances
     assert set(first["teacher"]) == keys
     assert set(first["students"][0]) == keys | COSTS
     config = json.loads((folder / "config.json").read_text())
@@ -86,7 +87,7 @@ def test_toy_compares_all_policies(tmp_path: Path) -> None:
     assert [(row["policy"], row["nfe"]) for row in rows] == [
         (name, nfe) for name in ("gm", "dx", "polynomial", "shortcut") for nfe in (1, 2)
     ]
-    assert set(rows[0]) == COSTS | {"sliced_wasserstein", "energy_distance", "endpoint_rmse"}
+    assert set(rows[0]) == COSTS | {"sliced_wasserstein", "energy_distance", "endpoint_rmse", "diversity"}
     weights = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
     assert "gm.safetensors" in weights  # one network for every NFE
     assert {"dx-1nfe.safetensors", "dx-2nfe.safetensors"} <= weights  # one for each

@@ -343,13 +343,14 @@ def _table(experiment: Experiment, results: Results, teacher_steps: int) -> Tabl
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("student" if compared else "policy", no_wrap=True)
     table.add_column("NFE", justify="right")
-    for key in results.teacher:
+    shown = [key for key in HEADINGS if key in results.teacher]
+    for key in shown:
         table.add_column(HEADINGS[key], justify="right")
     for heading in ("million teacher calls", "s") if compared else ():
         table.add_column(heading, justify="right")
-    table.add_row("teacher", str(teacher_steps), *(_show(key, value) for key, value in results.teacher.items()))
+    table.add_row("teacher", str(teacher_steps), *(_show(key, results.teacher[key]) for key in shown))
     for row in results.students:
-        cells = [_show(key, row[key]) for key in results.teacher]
+        cells = [_show(key, row[key]) for key in shown]
         if compared:
             cells += [f"{float(row['teacher_calls']) / 1e6:.2f}", f"{float(row['seconds']):.0f}"]
         table.add_row(str(row["policy"]), str(row["nfe"]), *cells)

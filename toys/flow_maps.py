@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from pitools.mixture import GaussianMixture
 from pitools.objectives.flow_map import Times
 from pitools.objectives.free_flow import FreeFlow, auxiliary_loss, free_flow_loss
 from pitools.objectives.rivals import (
@@ -24,9 +25,10 @@ from pitools.objectives.rivals import (
     regression_loss,
 )
 from pitools.path import diffuse
+from pitools.rollout import velocity as velocity_at
 from pitools.training import keyed_generator
-from pitools.types import Conditions
-from toys.network import AtOnce, FromNoise, ToyFlowMap
+from pitools.types import Conditions, Time
+from toys.network import AtOnce, FromNoise, ToyFlowMap, one_step
 from toys.targets import Target
 from toys.training import Counted, Learner, Outcome
 
@@ -42,7 +44,8 @@ class FlowMapTraining:
     brought to 0 along a cosine.  teacher_steps: to the end points that regression fits, and of the grid that
     consistency and progressive distillation start from.  free_flow: the objective of FreeFlow, of its prediction and
     of its correction alone.  auxiliary_rate: Adam's, of the auxiliary network, constant.  auxiliary_updates: of that
-    network for each of the student's.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
+    network for each of the student's; with 0 there is none, and v_N is that of the student's present samples (`Now`).
+    ema_gamma: Karras's γ.  clip: the largest gradient norm.
     Raises `ValueError` for teacher steps that cannot be halved down to one jump.
     """
 
@@ -59,6 +62,30 @@ class FlowMapTraining:
     def __post_init__(self) -> None:
         if self.teacher_steps < 2 or self.teacher_steps.bit_count() != 1:
             raise ValueError(f"teacher_steps must be a power of two of at least 2, got {self.teacher_steps}")
+
+
+@dataclass(frozen=True, eq=False)
+class Now:
+    """v_N without an auxiliary network, where a latent has few elements: that of `count` samples of the student, each
+    blurred by `width`.
+
+    The teacher's formula for a mixture, with the student's own samples in place of the data.
+    """
+
+    network: TwoTimes
+    generator: torch.Generator
+    count: int = 4096
+    width: float = 0.02
+
+    @torch.no_grad()
+    def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+        """The velocity of noising at latents x_t, t. Raises `ValueError` for conditions."""
+        if conditions:
+            raise ValueError("auxiliary_updates = 0 knows no conditions; use at least 1")
+        shape = self.count, *x_t.shape[1:]
+        ends = one_step(self.network, torch.randn(shape, generator=self.generator, device=x_t.device))
+        samples = GaussianMixture(ends.flatten(1), ends.new_zeros(self.count), self.width**2)
+        return velocity_at(samples, x_t.flatten(1), t).reshape(x_t.shape)
 
 
 @dataclass
@@ -173,7 +200,8 @@ def train(
         last_stage = stage
         lesson = Lesson(network, before, teacher, training, generator, conditions)
         if method in SHARES:
-            flow_map, field = FromNoise(network), AtOnce(auxiliary)
+            flow_map = FromNoise(network)
+            field = AtOnce(auxiliary) if training.auxiliary_updates else Now(network, generator)
             for _ in range(training.auxiliary_updates if objective.share < 1 else 0):
                 auxiliary_loss(objective, field, flow_map, lesson.noise(), conditions, generator).backward()
                 auxiliary_optimiser.step()

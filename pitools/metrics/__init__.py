@@ -3,6 +3,7 @@
 from pitools.metrics.features import class_diversity as class_diversity
 from pitools.metrics.features import frechet_distance as frechet_distance
 from pitools.metrics.points import ModeReport as ModeReport
+from pitools.metrics.points import diversity as diversity
 from pitools.metrics.points import endpoint_rmse as endpoint_rmse
 from pitools.metrics.points import energy_distance as energy_distance
 from pitools.metrics.points import mode_report as mode_report

@@ -2,6 +2,8 @@
 
 sliced Wasserstein   SW₂² = E_θ W₂²(θ·x, θ·y), θ uniform on the sphere, by sorting projections
 energy distance      D² = 2 E‖x - y‖ - E‖x - x'‖ - E‖y - y'‖                    (Székely & Rizzo 2013)
+diversity            E‖x - x'‖ over the same of a reference
+spread               (E‖x - μ‖²/D)^½/σ over the samples within 4σ of their nearest mode μ
 """
 
 from __future__ import annotations
@@ -48,14 +50,32 @@ def endpoint_rmse(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).square().mean(dtype=torch.float64).sqrt())
 
 
+def diversity(x: Tensor, reference: Tensor) -> float:
+    """Mean distance of two distinct samples of `[S, D]`, over that of the reference's `[R, D]`; 0 for one point.
+
+    Raises `ValueError` for sets of different widths or of fewer than 2 samples, and a reference that is one point.
+    """
+    if x.ndim != 2 or reference.ndim != 2 or x.shape[1] != reference.shape[1] or min(len(x), len(reference)) < 2:
+        raise ValueError(
+            f"two sets of at least 2 points must be [S, D] and [R, D], "
+            f"got {tuple(x.shape)} and {tuple(reference.shape)}"
+        )
+    own, whole = (float(torch.pdist(z).mean(dtype=torch.float64)) for z in (x, reference))
+    if whole == 0:
+        raise ValueError("the reference is one point, and has no diversity to compare with")
+    return own / whole
+
+
 @dataclass(frozen=True)
 class ModeReport:
     """nearest: `[S]`, the mode each sample is nearest to.  off_mode: share of the samples further than
-    4 standard deviations from every mode.  covered: modes with at least one sample that is not."""
+    4 standard deviations from every mode.  covered: modes with at least one sample that is not.  spread: of those
+    samples about their modes, over the modes' own; 1 is right, 0 where there are none."""
 
     nearest: Tensor
     off_mode: float
     covered: int
+    spread: float
 
 
 def mode_report(x: Tensor, modes: Tensor, std: float) -> ModeReport:
@@ -64,7 +84,8 @@ def mode_report(x: Tensor, modes: Tensor, std: float) -> ModeReport:
         raise ValueError(f"std must be positive, got {std}")
     distance, nearest = torch.cdist(x, modes, compute_mode=EXACT).min(dim=1)
     on = distance <= OFF_MODE_DEVIATIONS * std
-    return ModeReport(nearest, float((~on).double().mean()), len(nearest[on].unique()))
+    spread = float((distance[on].square().mean(dtype=torch.float64) / x.shape[1]).sqrt()) / std if on.any() else 0.0
+    return ModeReport(nearest, float((~on).double().mean()), len(nearest[on].unique()), spread)
 
 
 def same_mode_rate(nearest: Tensor, reference: Tensor) -> float:

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import scipy.spatial
 import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import randn, random
 
-from pitools.metrics import endpoint_rmse, energy_distance, mode_report, same_mode_rate, sliced_wasserstein
+from pitools.metrics import diversity, endpoint_rmse, energy_distance, mode_report, same_mode_rate, sliced_wasserstein
 
 
 @given(st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40))
@@ -55,3 +56,30 @@ def test_sets_that_do_not_match_are_refused() -> None:
         endpoint_rmse(torch.zeros(3, 2), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="std"):
         mode_report(torch.zeros(3, 2), torch.zeros(1, 2), 0.0)
+
+
+def test_the_spread_of_a_mode_s_own_samples_is_one_and_shrinks_with_them() -> None:
+    modes, std = torch.tensor([[-3.0, 0.0], [2.0, 1.0]], dtype=torch.float64), 0.2
+    mode = modes[torch.arange(40_000) % 2]
+    x = mode + std * randn(random(0), 40_000, 2)
+    assert mode_report(x, modes, std).spread == pytest.approx(1, abs=0.01)
+    assert mode_report(mode + 0.3 * (x - mode), modes, std).spread == pytest.approx(0.3, abs=0.003)
+    # As NumPy has it, sample by sample, of those within 4 standard deviations; one far away does not count.
+    own = [np.linalg.norm(z - m) for z, m in zip(x.numpy(), mode.numpy(), strict=True)]
+    expected = np.sqrt(np.mean([d**2 for d in own if d <= 4 * std]) / 2) / std
+    far = torch.cat([x, torch.tensor([[0.0, 9.0]])])
+    assert mode_report(far, modes, std).spread == pytest.approx(expected, rel=1e-9)
+    assert mode_report(far[-1:], modes, std).spread == 0
+
+
+def test_diversity_is_a_ratio_of_mean_distances() -> None:
+    g = random(0)
+    x, y = randn(g, 30, 3), randn(g, 20, 3)
+    means = [scipy.spatial.distance.pdist(z.numpy()).mean() for z in (x, y)]
+    assert diversity(x, y) == pytest.approx(means[0] / means[1])
+    assert diversity(0.5 * y + 7, y) == pytest.approx(0.5)
+    assert diversity(x[:1].expand(5, -1), y) == 0
+    with pytest.raises(ValueError, match="at least 2 points"):
+        diversity(x[:1], y)
+    with pytest.raises(ValueError, match="one point"):
+        diversity(x, y[:1].expand(5, -1))
