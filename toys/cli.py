@@ -101,6 +101,58 @@ def _integers(option: str, text: str) -> list[int]:
         raise ValueError(f"{option} takes whole numbers with commas between, such as 1,2,4, not {text!r}") from None
 
 
+def rivals(
+    stage: Annotated[
+        str, typer.Argument(help="search, report, or why: FreeFlow's best with one thing changed.", show_default=False)
+    ],
+    target: Annotated[str, typer.Option(help="Targets, with commas between.")] = "grid25,ring8,digits",
+    out: Annotated[Path, typer.Option(help="Folder of the ledger, runs.jsonl, and of all that is made of it.")] = Path(
+        "runs/rivals"
+    ),
+    runs: Annotated[int, typer.Option(help="Settings that a search tries for each method and target.", min=1)] = 8,
+    calls: Annotated[
+        int | None,
+        typer.Option(
+            help="The most that a method may ask the teacher.  [default: 1,024,000; digits 256,000]",
+            show_default=False,
+        ),
+    ] = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(help="What a search wrote, best.json.  [default: the one that is shipped]", show_default=False),
+    ] = None,
+) -> None:
+    """Compare FreeFlow with its two halves, π-ID and its rivals, at equal calls of the teacher.
+
+    `search` looks for the settings of FreeFlow, of prediction and of correction alone, on seeds of its own. `report`
+    trains every method on three fresh seeds, and writes tables and pictures. Both go on where they were stopped.
+
+    Examples:
+
+        pitools rivals search --target grid25 --runs 8
+
+        pitools rivals report
+
+        pitools rivals report --settings runs/rivals/best.json --target grid25
+
+        pitools rivals why --target grid25
+    """
+    from rich.console import Console
+
+    from pitools.training import DivergenceError
+    from toys.rivals import STAGES, run
+
+    try:
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}; the stages are {', '.join(STAGES)}")
+        run(stage, [name.strip() for name in target.split(",")], out, runs, calls, settings, Console())
+    except (DivergenceError, OSError, ValueError) as error:
+        raise _failed(error) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command again to go on.")
+        raise typer.Exit(130) from None
+
+
 def accuracy(
     out: Annotated[Path, typer.Option(help="The picture to write; a .json of the same name goes beside it.")] = Path(
         "accuracy.png"

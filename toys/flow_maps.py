@@ -7,7 +7,7 @@ each sample.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -86,6 +86,26 @@ class Now:
         ends = one_step(self.network, torch.randn(shape, generator=self.generator, device=x_t.device))
         samples = GaussianMixture(ends.flatten(1), ends.new_zeros(self.count), self.width**2)
         return velocity_at(samples, x_t.flatten(1), t).reshape(x_t.shape)
+
+
+@torch.no_grad()
+def auxiliary_errors(
+    auxiliary: TwoTimes, network: TwoTimes, target: Target, levels: Sequence[float], generator: torch.Generator
+) -> list[float]:
+    """E‖g - v_N‖/E‖v_N - u‖ at each noise level r: an auxiliary network's error over what it is to show.
+
+    v_N is that of 16,384 samples of the student. Above 1, the network's own error is most of what corrects.
+    """
+    truth, errors = Now(network, generator, count=2**14), []
+    noise, n = (torch.randn(1000, *target.shape, generator=generator, device=generator.device) for _ in range(2))
+    ends = one_step(network, noise)
+    for r in levels:
+        level = noise.new_full((len(noise),), r)
+        x_r = diffuse(ends, n, level)
+        v = truth.velocity(x_r, level)
+        wrong, shown = (v - field.velocity(x_r, level) for field in (AtOnce(auxiliary), target))
+        errors.append(float(wrong.flatten(1).norm(dim=1).mean() / shown.flatten(1).norm(dim=1).mean()))
+    return errors
 
 
 @dataclass
@@ -218,7 +238,8 @@ def train(
         if method == "consistency":
             _average(before, network)
         on_step(step + 1, value)
-    return Outcome(learner.ema, teacher.calls)
+    correcting = method in SHARES and objective.share < 1 and training.auxiliary_updates > 0
+    return Outcome(learner.ema, teacher.calls, auxiliary if correcting else None)
 
 
 @torch.no_grad()

@@ -60,7 +60,9 @@ class Learner:
 
 @dataclass(frozen=True)
 class Outcome:
-    """ema: the average of the weights.  teacher_calls: the teacher's answers, counted for each sample."""
+    """ema: the average of the weights.  teacher_calls: the teacher's answers, counted for each sample.  auxiliary:
+    FreeFlow's auxiliary network, None where there was none."""
 
     ema: EMA
     teacher_calls: int
+    auxiliary: nn.Module | None = None
