@@ -113,7 +113,7 @@ def rivals(
     calls: Annotated[
         int | None,
         typer.Option(
-            help="The most that a method may ask the teacher.  [default: 1,024,000; digits 256,000]",
+            help="The most that a method may ask the teacher.  [default: 1,024,000; digits 128,000]",
             show_default=False,
         ),
     ] = None,

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from toys.experiment import PERCENTAGES
-from toys.jobs import DELTAS, METHODS, TRIO, Found
+from toys.jobs import DELTAS, LEVELS, METHODS, TRIO, Found
 from toys.targets import load_target
 
 if TYPE_CHECKING:
@@ -53,6 +53,16 @@ def table(rows: Sequence[Row], teacher: Mapping[str, float]) -> str:
         cells += [f"{row.of('steps')[0]:.0f}", f"{row.of('teacher_calls')[0] / 1e6:.2f}", f"{row.of('seconds')[0]:.0f}"]
         lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def auxiliary_table(rows: Sequence[Row]) -> str:
+    """Markdown: E‖g - v_N‖/E‖v_N - u‖ of the auxiliary networks at each noise level; empty where there are none."""
+    lines = ["| r | " + " | ".join(map(str, LEVELS)) + " |", "| --- |" + " ---: |" * len(LEVELS)]
+    for row in rows:
+        runs = [run.auxiliary_errors for run in row.runs if run.auxiliary_errors]
+        if runs:
+            lines.append(f"| {row.title} | " + " | ".join(f"{mean(at):.2f}" for at in zip(*runs, strict=True)) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def _show(key: str, value: float, std: float | None = None) -> str:

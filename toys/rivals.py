@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from toys.compared import Row, plot, table
+from toys.compared import Row, auxiliary_table, plot, table
 from toys.jobs import METHODS, TRIO, Found, Job, Ledger, Setting, default_calls, start, teacher_metrics
 from toys.search import REPORT_SEEDS, search
 from toys.targets import load_target
@@ -128,7 +128,8 @@ def _write(out: Path, stage: str, target: str, rows: Sequence[Row]) -> None:
     """STAGE-TARGET.md, and all that it is made of in a .json of the same name."""
     teacher = teacher_metrics(target)
     path = out / f"{stage}-{target}.md"
-    path.write_text(table(rows, teacher), encoding="utf-8")
+    text = "\n".join(part for part in (table(rows, teacher), auxiliary_table(rows)) if part)
+    path.write_text(text, encoding="utf-8")
     whole = {"teacher": teacher, "rows": {row.title: [asdict(run) for run in row.runs] for row in rows}}
     path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 

@@ -159,6 +159,7 @@ def test_search_and_report_from_the_command_line(tmp_path: Path, monkeypatch: py
     text = (out / "report-ring8.md").read_text()
     for name in ("teacher", *METHODS):
         assert f"| {name} |" in text
+    assert {line.split(" | ")[0] for line in text[text.index("| r |") :].splitlines()[2:]} == {"| dmd", "| freeflow"}
     rows = json.loads((out / "report-ring8.json").read_text())["rows"]
     assert set(rows) == set(METHODS)
     for method, found in rows.items():
