@@ -67,7 +67,7 @@ class Setting:
 
 def start(target: str, method: str = "freeflow") -> Setting:
     """Where a search sets out; of what is not searched for, the rate of `pitools toy`. Targets differ in the batch."""
-    defaults = _defaults(target)
+    defaults = defaults_of(target)
     setting = replace(Setting(), batch=128 if defaults is IMAGES else 512)
     if method in TRIO:
         return setting
@@ -77,7 +77,7 @@ def start(target: str, method: str = "freeflow") -> Setting:
 
 def default_calls(target: str) -> int:
     """How often a method may ask the teacher: as 1,000 steps of two answers a noise do, 500 of the slower digits'."""
-    steps = 500 if _defaults(target) is IMAGES else 1000
+    steps = 500 if defaults_of(target) is IMAGES else 1000
     return 2 * steps * start(target).batch
 
 
@@ -159,7 +159,7 @@ def _execute(job: Job, on_step: Callable[[int, int], None]) -> Found:
     schedule = Schedule(nfe=1, shift=target.shift)
     student: ToyStudent | ToyFlowMap
     if method in POLICIES:
-        defaults = _defaults(job.target)
+        defaults = defaults_of(job.target)
         head = GMHead(defaults.components) if method.endswith("gm") else DXHead(10)
         student = ToyStudent(
             head,
@@ -260,7 +260,8 @@ def _asked(objective: FreeFlow, batch: int, steps: int) -> int:
     return total
 
 
-def _defaults(target: str) -> Defaults:
+def defaults_of(target: str) -> Defaults:
+    """What `pitools toy` takes for that kind of target."""
     return PLANE if len(load_target(target).shape) == 1 else IMAGES
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from toys.compared import Row, auxiliary_table, plot, table
-from toys.jobs import METHODS, TRIO, Found, Job, Ledger, Setting, default_calls, start, teacher_metrics
+from toys.jobs import METHODS, Found, Job, Ledger, Setting, default_calls, defaults_of, start, teacher_metrics
 from toys.search import REPORT_SEEDS, search
 from toys.targets import load_target
 
@@ -105,11 +105,30 @@ def why_jobs(target: str, best: Mapping[str, Setting], calls: int) -> dict[str, 
         "α ten times": {"alpha": own.alpha * 10},
     }
     jobs |= {f"freeflow, {title}": plan("freeflow", replace(own, **change)) for title, change in changes.items()}
-    for method in TRIO:
+    jobs["freeflow as `pitools toy` has it, width 256"] = plan("freeflow", replace(_of_toy(target), width=256))
+    for method in ("prediction", "freeflow", "dmd"):
         for width in (64, 256):
             jobs[f"{method}, width {width}"] = plan(method, replace(best[method], width=width))
         jobs[f"{method}, 4 times the calls"] = plan(method, best[method], calls=4 * calls)
     return jobs
+
+
+def _of_toy(target: str) -> Setting:
+    """FreeFlow as `pitools toy` trains it, in the steps that there are."""
+    training = defaults_of(target).flow_maps
+    own = training.free_flow
+    return replace(
+        start(target, "regression"),  # its rate is that of all flow maps
+        N=own.prediction.steps,
+        solver=own.prediction.solver,
+        k=own.prediction.power,
+        alpha=own.alpha,
+        share=own.share,
+        r_mean=own.r.mean,
+        r_std=own.r.std,
+        updates=training.auxiliary_updates,
+        auxiliary_rate=training.auxiliary_rate,
+    )
 
 
 JOBS: Mapping[str, Callable[[str, Mapping[str, Setting], int], dict[str, list[Job]]]] = {
