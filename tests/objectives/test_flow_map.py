@@ -198,6 +198,32 @@ def test_noise_up_to_a_level_gives_the_marginal_of_that_level() -> None:
     assert torch.equal(noised(x_t, t_c, t, n), x_t)
 
 
+def test_the_warm_up_asks_about_noisier_states_and_leaves_the_others_alone() -> None:
+    """At t_c = 0.6, of jumps that start at t = 1, 0.75, 0.5 and 0.25."""
+    prior = GaussianMixture(torch.tensor([[0.5, -0.5]]).double(), torch.zeros(1).double(), 0.3)
+    noise, delta = randn(random(20), 4, 2), torch.tensor([0.0, 0.25, 0.5, 0.75]).double()
+    asked: list[Tensor] = []
+
+    class Teacher:
+        def velocity(self, x_t: Tensor, t: Time, conditions: Conditions | None = None) -> Tensor:
+            assert isinstance(t, Tensor)
+            asked.append(t)
+            return prior.velocity(x_t, t)
+
+    def flow_map(z: Tensor, d: Tensor, conditions: Conditions | None = None) -> Tensor:
+        return z.sin() + d[:, None]
+
+    with_heun = Prediction(steps=4, power=0.0, warmup=0)
+    found = predict(flow_map, Teacher(), noise, with_heun, confident=0.6, randomness=random(21), delta=delta)
+    plain = predict(flow_map, prior, noise, with_heun, delta=delta)
+    torch.testing.assert_close(found.difference[:2], plain.difference[:2])
+    assert asked[0].tolist() == [1.0, 0.75, 0.6, 0.6]
+    x, end = (noise - d[:, None] * flow_map(noise, d) for d in (delta, delta + 0.25))
+    up = noised(x, 1 - delta, torch.full((4,), 0.6).double(), randn(random(21), 4, 2))
+    expected = (x - end) / 0.25 - prior.velocity(up, torch.full((4,), 0.6).double())
+    torch.testing.assert_close(found.difference[2:], expected[2:])
+
+
 def test_times_are_logistic_normal_and_now_and_then_0() -> None:
     drawn = Times(0.8, 1.6, 0.25).draw(20_000, random(10), like=torch.zeros(1).double())
     assert abs(float((drawn == 0).double().mean()) - 0.25) < 0.01
