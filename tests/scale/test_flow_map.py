@@ -313,6 +313,7 @@ print("as unwrapped")
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_under_ddp_and_fsdp2() -> None:
     here = Path(__file__).parent
     run = subprocess.run(

@@ -114,6 +114,7 @@ correction_warmup = 0
 """
 
 
+@pytest.mark.slow
 def test_a_flow_map_trains_exports_and_samples(commands: Commands, tmp_path: Path) -> None:
     whole = (Path(scale.__file__).parent / "dit-gm-fm-k32.toml").read_text()
     start, end = whole.index("[students.gm]"), whole.index("[training]")

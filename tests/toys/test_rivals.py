@@ -146,6 +146,7 @@ def test_a_setting_that_diverges_loses_a_search_and_ends_a_report() -> None:
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.slow
 def test_search_and_report_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("toys.rivals.REPORT_SEEDS", REPORT_SEEDS[:2])  # for the time that it takes
     out = tmp_path / "here"

@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 from processes import TIMEOUT, Ended, assert_same_weights, command, ended, launch, log, several
-from recipes import flow_map, tiny, write
+from recipes import tiny, write
 from safetensors.torch import load_file
 
 from pitools.training.checkpoint import load
@@ -26,10 +26,6 @@ pytestmark = pytest.mark.xdist_group("processes")
 
 STEPS, CUT = 20, 10
 STUDENT = "gm-2nfe"
-STUDENTS = {"data": STUDENT, "free": STUDENT, "map": "freeflow-1nfe"}
-ROUNDING = "to_k.bias"
-"""Attention does not depend on it: its gradient is rounding, which Adam makes as large as any other where it is above
-eps, as with FreeFlow's weights w."""
 SHARDS = ("engine.parallel=fsdp2", "engine.checkpoints=sharded", "training.ema_device=cpu")
 HAS_8BIT = find_spec("bitsandbytes") is not None
 
@@ -74,17 +70,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the recipes; in it, a folder for each way of running them.
 
     data: data-dependent, and with sheets, which call the network in the midst of training with other weights.
-    free: data-free, two accumulation steps of two segments each.  map: two networks, of which one is updated twice in
-    a step, and two accumulation steps of which each process has one sample that corrects.  eight: with layers whose
-    halves are large enough for 8 bits, and others whose halves are not.
+    free: data-free, two accumulation steps of two segments each.  eight: with layers whose halves are large enough
+    for 8 bits, and others whose halves are not.
     """
     folder = tmp_path_factory.mktemp("processes")
     shared = {"teacher.training.steps": STEPS, "training.steps": STEPS}
     shared |= {"teacher.training.checkpoint_every": CUT, "training.checkpoint_every": CUT}
     write(folder / "data.toml", tiny(**{**shared, "training.sheet_every": 7}))
     write(folder / "free.toml", tiny(**{**shared, "training.accumulation": 2, "students.gm.objective.data_free": True}))
-    mapped = {**shared, "training.accumulation": 2, "training.batch": 16}
-    write(folder / "map.toml", flow_map(**mapped))
     eight = {"teacher.training.steps": 2, "backbone.head_width": 32, "training.optimiser.name": "adamw8bit"}
     write(folder / "eight.toml", tiny(**{**shared, **eight}))
     return folder
@@ -93,7 +86,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(root: Path) -> Path:
     """The runs on one process."""
-    runs = [(f"{name}.toml", f"run.out=one/{name}") for name in STUDENTS]
+    runs = [("data.toml", "run.out=one/data"), ("free.toml", "run.out=one/free")]
     if HAS_8BIT:
         runs.append(("eight.toml", "run.out=eight-one/eight"))
     result = several(root, 1, *runs)
@@ -116,7 +109,7 @@ def two(root: Path, one: Path) -> Ended:
             f"training.ema_device={'cpu' if parallel == 'ddp' else 'own'}",
         )
         for parallel in ("ddp", "fsdp2")
-        for name in STUDENTS
+        for name in ("data", "free")
     ]
     runs.append(("data.toml", "run.out=one-two/data", "engine.parallel=fsdp2"))
     runs.append(("data.toml", "run.out=shards/data", *SHARDS))
@@ -136,8 +129,6 @@ def resumed(root: Path, two: Ended) -> Ended:
     for parallel in ("ddp", "fsdp2", "shards"):
         cut(root / parallel, root / f"{parallel}-one")
         runs.append(("data.toml", f"run.out={parallel}-one/data"))
-        if parallel != "shards":
-            runs.append(("map.toml", f"run.out={parallel}-one/map"))
     if HAS_8BIT:
         for folder in ("eight-two", "eight-ddp"):
             cut(root / folder, root / f"{folder}-one")
@@ -150,10 +141,10 @@ def resumed(root: Path, two: Ended) -> Ended:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(root: Path, one: Path, two: Ended, parallel: str) -> None:
     assert_same_course(teacher(root / parallel), teacher(one))
-    for name, student in STUDENTS.items():
-        run = Path(name, student)
+    for name in ("data", "free"):
+        run = Path(name, STUDENT)
         assert_same_course(root / parallel / run, one / run)
-        assert_same_weights(root / parallel / run, one / run, but=ROUNDING if name == "map" else None)
+        assert_same_weights(root / parallel / run, one / run)
     assert len(list((root / parallel / "data" / STUDENT / "samples").iterdir())) == 3
 
 
@@ -185,10 +176,6 @@ def test_one_process_goes_on_from_two(root: Path, one: Path, resumed: Ended, par
     assert_same_course(teacher(folder), teacher(one), first=CUT + 1)
     assert_same_course(folder / "data" / STUDENT, one / "data" / STUDENT, first=CUT + 1)
     assert_same_weights(folder / "data" / STUDENT, one / "data" / STUDENT)
-    if parallel != "shards":
-        run = Path("map", STUDENTS["map"])
-        assert_same_course(folder / run, one / run, first=CUT + 1)
-        assert_same_weights(folder / run, one / run, but=ROUNDING)
 
 
 def test_two_processes_go_on_from_one(root: Path, one: Path, two: Ended) -> None:
@@ -210,9 +197,9 @@ def test_a_compiled_network_is_not_sharded(root: Path, two: Ended) -> None:
 
 
 def test_only_the_main_process_speaks(two: Ended) -> None:
-    # A teacher and three students for each way of sharing; a teacher and a student that go on, and others in shards;
+    # A teacher and two students for each way of sharing; a teacher and a student that go on, and others in shards;
     # two students in 8 bits.
-    assert two.out.count(f"step {STEPS}/{STEPS}") == 2 * 4 + 2 + 2 + 2 * HAS_8BIT
+    assert two.out.count(f"step {STEPS}/{STEPS}") == 2 * 3 + 2 + 2 + 2 * HAS_8BIT
     assert two.out.count("Going on from") == 2
 
 
