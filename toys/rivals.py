@@ -92,7 +92,10 @@ def why_jobs(target: str, best: Mapping[str, Setting], calls: int) -> dict[str, 
 
     jobs = {"freeflow": plan("freeflow", own, REPORT_SEEDS)}
     if not load_target(target).classes:
-        jobs["freeflow, v_N exact"] = plan("freeflow", replace(own, updates=0), REPORT_SEEDS)
+        low = replace(own, r_mean=-0.8, r_std=1.2)
+        jobs["freeflow, low r"] = plan("freeflow", low, REPORT_SEEDS)
+        jobs["freeflow, low r, v_N exact"] = plan("freeflow", replace(low, updates=0), REPORT_SEEDS)
+        jobs["freeflow, v_N exact"] = plan("freeflow", replace(own, updates=0))
     changes: dict[str, dict[str, Any]] = {
         "k = 0": {"k": 0.0},
         "k = 1": {"k": 1.0},
@@ -105,8 +108,6 @@ def why_jobs(target: str, best: Mapping[str, Setting], calls: int) -> dict[str, 
     for method in ("prediction", "freeflow"):
         for width in (64, 256):
             jobs[f"{method}, width {width}"] = plan(method, replace(best[method], width=width))
-    if not load_target(target).classes:
-        jobs["dmd, v_N exact"] = plan("dmd", replace(best["dmd"], updates=0))
     jobs["freeflow as `pitools toy` has it, width 256"] = plan("freeflow", replace(_of_toy(target), width=256))
     for method in ("prediction", "freeflow"):
         jobs[f"{method}, 4 times the calls"] = plan(method, best[method], calls=4 * calls)
