@@ -64,7 +64,7 @@ class Prediction:
 
     steps: N of the discrete objective (Eq. 14), 0 for the continuous one by a forward-mode derivative.  solver: which
     velocity a discrete step takes.  delta: the law of δ, brought down to the grid of N steps.  power: k.
-    warmup: steps over which u is asked about noisier states, at t_c from 1 down to 0.
+    warmup: steps over which u is asked about noisier states, at t_c from 1 down to 0, and once whatever the solver.
     Raises `ValueError` for a value out of range.
     """
 
@@ -131,11 +131,9 @@ def predict(
             asked = t.clamp(min=confident)
             u = teacher.velocity(noised(x, t, asked, normal(x.shape, randomness, like=x)), asked, conditions)
         else:
-            asked = t
             u = teacher.velocity(x, t, conditions)
-        if prediction.steps and prediction.solver == "heun" and bool((asked == t).any()):
-            # Where noise has brought the state to t_c, u is what the teacher says there.
-            u = torch.where(align(asked == t, u), _heun(teacher, x, u, t, end - start, conditions), u)
+            if prediction.steps and prediction.solver == "heun":
+                u = _heun(teacher, x, u, t, end - start, conditions)
         difference = v - u
         square = difference.square().flatten(1).mean(1)
         weighted = difference * align((square + WEIGHT_EPS) ** -prediction.power, difference)

@@ -213,11 +213,11 @@ def test_the_warm_up_asks_about_noisier_states_and_leaves_the_others_alone() -> 
     def flow_map(z: Tensor, d: Tensor, conditions: Conditions | None = None) -> Tensor:
         return z.sin() + d[:, None]
 
-    with_heun = Prediction(steps=4, power=0.0, warmup=0)
-    found = predict(flow_map, Teacher(), noise, with_heun, confident=0.6, randomness=random(21), delta=delta)
-    plain = predict(flow_map, prior, noise, with_heun, delta=delta)
+    by_heun, by_euler = (Prediction(steps=4, solver=solver, power=0.0, warmup=0) for solver in ("heun", "euler"))
+    found = predict(flow_map, Teacher(), noise, by_heun, confident=0.6, randomness=random(21), delta=delta)
+    plain = predict(flow_map, prior, noise, by_euler, delta=delta)
     torch.testing.assert_close(found.difference[:2], plain.difference[:2])
-    assert asked[0].tolist() == [1.0, 0.75, 0.6, 0.6]
+    assert [times.tolist() for times in asked] == [[1.0, 0.75, 0.6, 0.6]]
     x, end = (noise - d[:, None] * flow_map(noise, d) for d in (delta, delta + 0.25))
     up = noised(x, 1 - delta, torch.full((4,), 0.6).double(), randn(random(21), 4, 2))
     expected = (x - end) / 0.25 - prior.velocity(up, torch.full((4,), 0.6).double())

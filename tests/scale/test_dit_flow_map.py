@@ -280,7 +280,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from test_dit import LABELS, T, backbone, latents, shaken
-from test_flow_map import CONDITIONS, ONE, flow_map_of
+from test_dit_flow_map import CONDITIONS, ONE, flow_map_of
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
