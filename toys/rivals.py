@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from toys.compared import Row, auxiliary_table, plot, table
-from toys.jobs import METHODS, Found, Job, Ledger, Setting, default_calls, defaults_of, start, teacher_metrics
+from toys.jobs import METHODS, Found, Job, Ledger, Setting, default_calls, start, teacher_metrics
 from toys.search import REPORT_SEEDS, search
 from toys.targets import load_target
 
@@ -84,10 +84,10 @@ def report_jobs(target: str, best: Mapping[str, Setting], calls: int) -> dict[st
 
 def why_jobs(target: str, best: Mapping[str, Setting], calls: int) -> dict[str, list[Job]]:
     """FreeFlow's best with one thing changed; v_N of the student's own samples, where there are no classes; other sizes
-    of the network; four times the calls. What has one seed has the report's first."""
+    of the network. What has one seed has the report's first."""
     own = best["freeflow"]
 
-    def plan(method: str, setting: Setting, seeds: Sequence[int] = REPORT_SEEDS[:1], calls: int = calls) -> list[Job]:
+    def plan(method: str, setting: Setting, seeds: Sequence[int] = REPORT_SEEDS[:1]) -> list[Job]:
         return [Job("report", target, method, setting, seed, calls) for seed in seeds]
 
     jobs = {"freeflow": plan("freeflow", own, REPORT_SEEDS)}
@@ -96,40 +96,18 @@ def why_jobs(target: str, best: Mapping[str, Setting], calls: int) -> dict[str, 
         jobs["freeflow, low r"] = plan("freeflow", low, REPORT_SEEDS)
         jobs["freeflow, low r, v_N exact"] = plan("freeflow", replace(low, updates=0), REPORT_SEEDS)
         jobs["freeflow, v_N exact"] = plan("freeflow", replace(own, updates=0))
+    for method in ("prediction", "freeflow"):
+        for width in (64, 256):
+            jobs[f"{method}, width {width}"] = plan(method, replace(best[method], width=width))
     changes: dict[str, dict[str, Any]] = {
         "k = 0": {"k": 0.0},
         "k = 1": {"k": 1.0},
         "r as in the paper": {"r_mean": 0.8, "r_std": 1.6},
-        "1 update": {"updates": 1},
         "α a tenth": {"alpha": own.alpha / 10},
         "α ten times": {"alpha": own.alpha * 10},
     }
     jobs |= {f"freeflow, {title}": plan("freeflow", replace(own, **change)) for title, change in changes.items()}
-    for method in ("prediction", "freeflow"):
-        for width in (64, 256):
-            jobs[f"{method}, width {width}"] = plan(method, replace(best[method], width=width))
-    jobs["freeflow as `pitools toy` has it, width 256"] = plan("freeflow", replace(_of_toy(target), width=256))
-    for method in ("prediction", "freeflow"):
-        jobs[f"{method}, 4 times the calls"] = plan(method, best[method], calls=4 * calls)
     return jobs
-
-
-def _of_toy(target: str) -> Setting:
-    """FreeFlow as `pitools toy` trains it, in the steps that there are."""
-    training = defaults_of(target).flow_maps
-    own = training.free_flow
-    return replace(
-        start(target, "regression"),  # its rate is that of all flow maps
-        N=own.prediction.steps,
-        solver=own.prediction.solver,
-        k=own.prediction.power,
-        alpha=own.alpha,
-        share=own.share,
-        r_mean=own.r.mean,
-        r_std=own.r.std,
-        updates=training.auxiliary_updates,
-        auxiliary_rate=training.auxiliary_rate,
-    )
 
 
 JOBS: Mapping[str, Callable[[str, Mapping[str, Setting], int], dict[str, list[Job]]]] = {
