@@ -44,8 +44,6 @@ SPACES: Mapping[str, Mapping[str, Sequence[Any]]] = MappingProxyType(
 )
 
 Result = Callable[[Job], Found]
-Best = Mapping[str, Mapping[str, Setting]]
-"""By target and method."""
 
 
 def search(result: Result, target: str, runs: int, calls: int) -> dict[str, Setting]:
