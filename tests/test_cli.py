@@ -28,6 +28,7 @@ def pitools(*args: str, cwd: Path, code: int = 0) -> str:
     return run.stdout + run.stderr
 
 
+SLOW = pytest.mark.slow
 COSTS = {"policy", "method", "nfe", "steps", "teacher_calls", "seconds"}
 
 
@@ -93,8 +94,18 @@ def test_toy_compares_all_policies(tmp_path: Path) -> None:
     assert {"dx-1nfe.safetensors", "dx-2nfe.safetensors"} <= weights  # one for each
 
 
-def test_toy_compares_methods(tmp_path: Path) -> None:
-    flow_maps = ["freeflow", "prediction", "dmd", "meanflow", "consistency", "progressive", "regression"]
+@pytest.mark.parametrize(
+    "flow_maps",
+    [
+        ["freeflow", "consistency"],
+        pytest.param(
+            ["freeflow", "prediction", "dmd", "meanflow", "consistency", "progressive", "regression"],
+            marks=SLOW,
+            id="all",
+        ),
+    ],
+)
+def test_toy_compares_methods(flow_maps: list[str], tmp_path: Path) -> None:
     text = pitools(
         "toy", "--method", ",".join(["pi-id", "cloning", *flow_maps]), "--policy", "gm,dx", "--target", "ring8",
         "--steps", "6", "--nfe", "1,2", "--out", "run", cwd=tmp_path,
@@ -104,7 +115,7 @@ def test_toy_compares_methods(tmp_path: Path) -> None:
     assert [(row["policy"], row["nfe"]) for row in rows] == policies + [(name, 1) for name in flow_maps]
     assert all(row["teacher_calls"] > 0 for row in rows)
     # Every label is whole in the printed table.
-    assert all(name in text for name in ("cloning dx", "consistency", "progressive", "million"))
+    assert all(name in text for name in ("cloning dx", *flow_maps, "million"))
     names = {path.stem for path in (tmp_path / "run").glob("*.safetensors")}
     assert names == {"pi-id-gm", "cloning-gm", *flow_maps} | {
         f"{method}-dx-{nfe}nfe" for method in ("pi-id", "cloning") for nfe in (1, 2)
@@ -112,7 +123,9 @@ def test_toy_compares_methods(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "trajectories.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("target", ["ring8", "spiral", "checkerboard"])
+@pytest.mark.parametrize(
+    "target", ["ring8", pytest.param("spiral", marks=SLOW), pytest.param("checkerboard", marks=SLOW)]
+)
 def test_toy_takes_every_target_in_the_plane(target: str, tmp_path: Path) -> None:
     pitools("toy", "--target", target, "--steps", "2", "--nfe", "1", "--components", "4", "--out", "run", cwd=tmp_path)
     assert ("same_mode" in metrics(tmp_path / "run")["teacher"]) == (target == "ring8")

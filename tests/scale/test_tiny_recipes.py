@@ -15,7 +15,20 @@ from safetensors.torch import load_file
 
 import scale
 
-RECIPES = sorted(path for path in Path(scale.__file__).parent.glob("*.toml"))
+ALIKE = {
+    "dit-dx-repa-n20",
+    "dit-dx-repa-n40",
+    "dit-gm-repa-k32",
+    "dit-gm-repa-k32-2nfe",
+    "flux-dx-8nfe",
+    "flux-gm-8nfe",
+}
+"""Recipes that differ from another one in numbers alone."""
+
+RECIPES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ALIKE else [])
+    for path in sorted(Path(scale.__file__).parent.glob("*.toml"))
+]
 DIE_AT_STEP_3 = "import pitools.training.ema as ema; at(ema.EMA, 'update', 3, die)"
 
 
@@ -41,7 +54,7 @@ def refusals(commands: Commands, folder: Path, *asked: str) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES)
 def test_a_recipe_trains_resumes_exports_and_samples(path: Path, commands: Commands, tmp_path: Path) -> None:
     recipe = f"scale/{path.name}"
     distill = ["distill", recipe, "--tiny", "--set", "engine.device=cpu", "--set", "engine.tensorboard=false"]
