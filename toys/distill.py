@@ -1,21 +1,21 @@
-"""Data-free π-ID for the toys (paper, Algorithm 3): roll the student's own policies from noise, segment by
-segment, and match the exact teacher along the way. Cloning is the same along the teacher's own path."""
+"""π-ID for the toys (paper, Algorithms 2 and 3): roll the student's own policies, segment by segment, and match the
+exact teacher along the way. Cloning is the same along the teacher's own path."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from pitools.objectives import imitation_loss
+from pitools.objectives.pi_id import PiID, segment_losses
 from pitools.objectives.rivals import cloning_loss, teacher_path
 from pitools.path import segments, shift_time
 from pitools.training import keyed_generator
-from pitools.types import Conditions
+from pitools.types import Conditions, Factorisation, Policy, Schedule, Time
 from toys.network import ToyStudent
 from toys.targets import Target
 from toys.training import Counted, Learner, Outcome
@@ -25,20 +25,16 @@ from toys.training import Counted, Learner, Outcome
 class Training:
     """Hyperparameters of one student.
 
-    steps: optimiser steps.  batch: noises a step.  learning_rate: Adam's, warmed up over 50 steps and brought
-    to 0 along a cosine.  states: teacher queries for each sample and segment.  step_size: raw length of a
-    substep of the training roll-outs.  floor: raw time below which no state is drawn.  dropout: rate of GM
-    dropout.  clone: whether policies are matched along the teacher's path, in steps of that size, and not along their
-    own.  ema_gamma: Karras's γ.  clip: the largest gradient norm.
+    steps: optimiser steps.  batch: noises, or data points, a step.  learning_rate: Adam's, warmed up over 50 steps and
+    brought to 0 along a cosine.  objective: of π-ID.  clone: whether policies are matched along the teacher's path, in
+    the objective's substeps from noise, and not along their own.  ema_gamma: Karras's γ.  clip: the largest gradient
+    norm.
     """
 
     steps: int
     batch: int
     learning_rate: float
-    states: int
-    step_size: float
-    floor: float
-    dropout: float = 0.0
+    objective: PiID = field(default_factory=lambda: PiID(data_free=True))
     clone: bool = False
     ema_gamma: float = 7.0
     clip: float = 10.0
@@ -53,7 +49,7 @@ def distill(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train `student` in place for schedules of `nfes` steps, in turn.
+    """Train `student` in place for schedules of `nfes` steps, in turn; from data, for its own schedule alone.
 
     on_step: told the step (from 1) and its loss.  stopped: asked before each step whether to end early.
     Raises `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights.
@@ -65,61 +61,67 @@ def distill(
         if stopped():
             break
         nfe = nfes[step % len(nfes)]
-        loss = _step_losses(student, teacher, nfe, training, keyed_generator(seed, f"train {nfe}", step, device))
+        loss = _step_losses(student, teacher, nfe, training, step, keyed_generator(seed, f"train {nfe}", step, device))
         learner.update(step, loss, f"{nfe} NFE")
         on_step(step + 1, loss)
     return Outcome(learner.ema, teacher.calls)
 
 
+@dataclass(frozen=True, eq=False)
+class Scheduled:
+    """A student in another schedule than its own."""
+
+    student: ToyStudent
+    schedule: Schedule
+
+    @property
+    def factorisation(self) -> Factorisation:
+        return self.student.factorisation
+
+    def __call__(self, x_src: Tensor, t_src: Time, conditions: Conditions | None = None) -> Policy:
+        """The student's policy."""
+        policy: Policy = self.student(x_src, t_src, conditions)
+        return policy
+
+
 def _step_losses(
-    student: ToyStudent, teacher: Counted, nfe: int, training: Training, generator: torch.Generator
+    student: ToyStudent, teacher: Counted, nfe: int, training: Training, step: int, generator: torch.Generator
 ) -> float:
-    """The loss of all `nfe` segments, each sent backward as soon as it is known."""
-    schedule, device, target = student.schedule, generator.device, teacher.target
-    x = torch.randn(training.batch, *target.shape, generator=generator, device=device)
-    conditions = target.draw_labels(training.batch, generator)
+    """The loss of all segments of a step, each sent backward as soon as it is known."""
+    schedule, target, objective = replace(student.schedule, nfe=nfe), teacher.target, training.objective
+    if training.clone or objective.data_free:
+        x = torch.randn(training.batch, *target.shape, generator=generator, device=generator.device)
+        conditions = target.draw_labels(training.batch, generator)
+    else:
+        conditions = target.draw_labels(training.batch, generator)
+        x = target.sample(training.batch, generator, conditions)
+    if training.clone:
+        losses = _cloned(student, teacher, schedule, x, conditions, objective.step_size)
+    else:
+        asked = Scheduled(student, schedule)
+        each = segment_losses(objective, teacher, asked, x, conditions, step, generator)
+        losses = (segment.loss for segment in each)
     total = 0.0
-    for raw_src, raw_dst in pairwise(segments(nfe, schedule.final_step_scale)):
-        t_src, t_dst = shift_time(raw_src, schedule.shift), shift_time(raw_dst, schedule.shift)
-        if training.clone:
-            loss, x = _clone(student, teacher, x, raw_src, raw_dst, conditions, training.step_size)
-            loss.backward()
-            total += float(loss.detach())
-            continue
-        result = imitation_loss(
-            teacher,
-            student(x, t_src, conditions),
-            x,
-            t_src,
-            t_dst,
-            factorisation=student.factorisation,
-            conditions=conditions,
-            states=training.states,
-            dropout=training.dropout,
-            step_size=training.step_size,
-            shift=schedule.shift,
-            floor=training.floor,
-            generator=generator,
-        )
-        loss = (raw_src - raw_dst) * result.loss.mean()
+    for loss in losses:
         loss.backward()
         total += float(loss.detach())
-        x = result.x_dst
     return total
 
 
-def _clone(
+def _cloned(
     student: ToyStudent,
     teacher: Counted,
+    schedule: Schedule,
     x: Tensor,
-    raw_src: float,
-    raw_dst: float,
     conditions: Conditions | None,
     step_size: float,
-) -> tuple[Tensor, Tensor]:
-    """The loss of one segment along the teacher's path from x, and where that ends."""
-    raw = torch.linspace(raw_src, raw_dst, 1 + math.ceil((raw_src - raw_dst) / step_size - 1e-4), device=x.device)
-    times = shift_time(raw, student.schedule.shift).unsqueeze(1).expand(-1, len(x))
-    states, slopes = teacher_path(teacher, x, times, conditions)
-    loss = cloning_loss(student(x, times[0], conditions), states, slopes, times, student.factorisation)
-    return (raw_src - raw_dst) * loss.mean(), states[-1]
+) -> Iterator[Tensor]:
+    """The loss of each segment along the teacher's path from noise x."""
+    for raw_src, raw_dst in pairwise(segments(schedule.nfe, schedule.final_step_scale)):
+        count = 1 + math.ceil((raw_src - raw_dst) / step_size - 1e-4)
+        raw = torch.linspace(raw_src, raw_dst, count, device=x.device)
+        times = shift_time(raw, schedule.shift).unsqueeze(1).expand(-1, len(x))
+        states, slopes = teacher_path(teacher, x, times, conditions)
+        loss = cloning_loss(student(x, times[0], conditions), states, slopes, times, student.factorisation)
+        yield (raw_src - raw_dst) * loss.mean()
+        x = states[-1]

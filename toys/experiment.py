@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from pitools.objectives.flow_map import Prediction
 from pitools.objectives.free_flow import FreeFlow
+from pitools.objectives.pi_id import PiID
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.training import DivergenceError, Interrupt, graceful_interrupt, keyed_generator
 from pitools.types import Schedule
@@ -51,14 +52,14 @@ PLANE = Defaults(
     components=64,
     width=256,
     samples=10_000,
-    training=Training(steps=1000, batch=1024, learning_rate=4e-3, states=2, step_size=1 / 32, floor=1 / 128),
+    training=Training(1000, 1024, 4e-3, PiID(data_free=True, states=2, step_size=1 / 32, floor=1 / 128)),
     flow_maps=FlowMapTraining(steps=4000, batch=1024, learning_rate=3e-3, free_flow=FREE_FLOW),
 )
 IMAGES = Defaults(
     components=32,
     width=512,
     samples=1000,
-    training=Training(steps=700, batch=256, learning_rate=3e-3, states=2, step_size=1 / 32, floor=1 / 32),
+    training=Training(700, 256, 3e-3, PiID(data_free=True, states=2, step_size=1 / 32, floor=1 / 32)),
     flow_maps=FlowMapTraining(steps=2000, batch=256, learning_rate=1e-3, free_flow=FREE_FLOW),
 )
 

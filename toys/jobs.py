@@ -226,7 +226,7 @@ def flow_map_training(method: str, setting: Setting, calls: int) -> FlowMapTrain
 def policy_training(method: str, setting: Setting, calls: int, defaults: Training) -> Training:
     """As many steps as `calls` allow: π-ID asks about a few states of each noise, cloning about its whole path."""
     clone = method.startswith("cloning")
-    asked = round(1 / defaults.step_size) if clone else defaults.states
+    asked = round(1 / defaults.objective.step_size) if clone else defaults.objective.states
     steps = calls // (setting.batch * asked)
     _check(steps, method, calls)
     return replace(defaults, steps=steps, batch=setting.batch, learning_rate=setting.learning_rate, clone=clone)

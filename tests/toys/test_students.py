@@ -9,19 +9,20 @@ import pytest
 import torch
 from mixtures import random
 
-import toys.distill
 from pitools import Imitation, Schedule, imitation_loss, integrate, sample, unshift_time
 from pitools.guidance import Conditioned
+from pitools.objectives import pi_id
+from pitools.objectives.pi_id import PiID
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead, ShortcutHead
 from pitools.types import POINTS
 from toys.distill import Training, distill
 from toys.evaluation import Evaluation
 from toys.network import ToyStudent
 from toys.plots import student_path
-from toys.targets import load_target
+from toys.targets import Target, load_target
 
 HEADS: list[Head] = [GMHead(6), DXHead(4), PolynomialHead(3), ShortcutHead()]
-SHORT = Training(steps=4, batch=32, learning_rate=1e-3, states=2, step_size=1 / 8, floor=1 / 8)
+SHORT = Training(4, 32, 1e-3, PiID(data_free=True, states=2, step_size=1 / 8, floor=1 / 8))
 
 
 def student_for(target_name: str, head: Head, nfe: int = 2, seed: int = 0) -> ToyStudent:
@@ -135,7 +136,7 @@ def test_training_is_algorithm_3(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((x_src, t_src, t_dst, result))
         return result
 
-    monkeypatch.setattr(toys.distill, "imitation_loss", spy)
+    monkeypatch.setattr(pi_id, "imitation_loss", spy)
     student, losses = student_for("digits", GMHead(4), nfe=3), []
     one_step = replace(SHORT, steps=1)
     distill(student, load_target("digits"), [3], one_step, seed=0, on_step=lambda step, loss: losses.append(loss))
@@ -148,3 +149,22 @@ def test_training_is_algorithm_3(monkeypatch: pytest.MonkeyPatch) -> None:
         (a - b) * float(result.loss.detach().mean()) for (a, b), (_, _, _, result) in zip(raw, calls, strict=True)
     )
     assert losses[0] == pytest.approx(weighted, rel=1e-5)
+
+
+def test_training_from_data_reads_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, seen = load_target("ring8"), []
+    draw = type(target).sample
+
+    def spy(self: Target, *args: Any) -> torch.Tensor:
+        seen.append(draw(self, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(Target, "sample", spy)
+    free = SHORT.objective
+    for objective, steps in ((replace(free, data_free=False), 4), (free, 0)):
+        seen.clear()
+        student = student_for("ring8", GMHead(4), nfe=2)
+        outcome = distill(student, target, [2], replace(SHORT, objective=objective), seed=0)
+        assert len(seen) == steps
+        # One segment for each data point, all of them for each noise; two states of each.
+        assert outcome.teacher_calls == 4 * 32 * 2 * (2 if objective.data_free else 1)
