@@ -19,8 +19,8 @@ import scale
 from pitools.training.config import read_recipe, to_toml
 from scale.backbone import QwenImage
 
-# The runs are shared within this file; tests/training/test_distributed.py is the quick suite's.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("backbones")]
+# The quick suite has tests/training/test_distributed.py.
+pytestmark = pytest.mark.slow
 
 STEPS, CUT = 4, 2
 STUDENT = "gm-4nfe"

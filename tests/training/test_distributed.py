@@ -21,9 +21,6 @@ from pitools.training.engine import Engine, EngineSection
 for module in ("accelerate", "diffusers", "psutil"):
     pytest.importorskip(module)
 
-# The runs are shared within this file.
-pytestmark = pytest.mark.xdist_group("processes")
-
 STEPS, CUT = 20, 10
 STUDENT = "gm-2nfe"
 SHARDS = ("engine.parallel=fsdp2", "engine.checkpoints=sharded", "training.ema_device=cpu")

@@ -11,7 +11,7 @@ from recipes import flow_map, write
 for module in ("accelerate", "diffusers", "psutil"):
     pytest.importorskip(module)
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 
 STEPS, CUT = 20, 10
 RUN = Path("map", "freeflow-1nfe")
