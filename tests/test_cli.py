@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 PITOOLS = [sys.executable, "-c", "from pitools.cli import main; main()"]
 
 
-def pitools(*args: str, cwd: Path, code: int = 0) -> str:
+def pitools(*args: str, cwd: Path, code: int = 0, timeout: int = 300) -> str:
     run = subprocess.run(
         [*PITOOLS, *args],
         cwd=cwd,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=timeout,
         env={**os.environ, "COLUMNS": "120"},
     )
     assert run.returncode == code, run.stdout + run.stderr

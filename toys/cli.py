@@ -153,6 +153,45 @@ def rivals(
         raise typer.Exit(130) from None
 
 
+def claims(
+    only: Annotated[str | None, typer.Option(help="Names of claims, with commas between.  [default: all]")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Minutes instead of hours, with students that have hardly been trained.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of CLAIMS.md, and of the students behind it.")] = Path(
+        "runs/claims"
+    ),
+    processes: Annotated[int, typer.Option(help="Claims that are measured at the same time.", min=1)] = 2,
+) -> None:
+    """Measure the papers' claims at laptop scale, and say which hold.
+
+    Each is a few numbers, measured on several seeds, of which the claim says where they should lie. Stopped, the same
+    command goes on where it was.
+
+    Examples:
+
+        pitools claims --quick
+
+        pitools claims
+
+        pitools claims --only gm-beats-dx,push
+    """
+    from rich.console import Console
+
+    from toys.verdicts import run
+
+    console, names = Console(), [] if only is None else [name.strip() for name in only.split(",")]
+    try:
+        findings = run(names, quick, out / "quick" if quick else out, processes, console)
+    except (OSError, ValueError) as error:
+        raise _failed(error) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command again to go on.")
+        raise typer.Exit(130) from None
+    held = sum(finding.verdict == "holds" for finding in findings)
+    console.print(f"{held} of {len(findings)} claims hold here. Wrote {out}/.", highlight=False)
+
+
 def accuracy(
     out: Annotated[Path, typer.Option(help="The picture to write; a .json of the same name goes beside it.")] = Path(
         "accuracy.png"
