@@ -56,7 +56,7 @@ def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
 
     Either may be the `Moments` of a set instead. Covariances are the unbiased ones, over S - 1 and R - 1, and may be
     of any rank. A set against itself gives 0, but two finite draws of one distribution something above 0: compare
-    distances at one S and R only. Where a set has no more samples than features its covariance is singular, most
+    distances at one S and R only. Where a set has no more samples than features its covariance is singular, much
     of the distance is that of the draw, and a `UserWarning` says so.
     Raises `ValueError` for sets of different widths, of fewer than 2 samples, or with values that are not finite.
     """
@@ -70,8 +70,8 @@ def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
     few, width = min(one.count for one in sets), shapes[0][1]
     if few <= width:
         warnings.warn(
-            f"{few} samples are too few for a Fréchet distance of {width} features: it is mostly that of the draw. "
-            f"Give many times {width} samples, or take kernel_distance, which has no such bias",
+            f"{few} samples are too few for the covariance of {width} features: it is singular, and the distance of "
+            f"two draws biased upwards. Give many times {width} samples, or take kernel_distance, which has no bias",
             stacklevel=2,
         )
     roots = [one.root / math.sqrt(one.count - 1) for one in sets]

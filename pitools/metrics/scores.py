@@ -45,4 +45,5 @@ def inception_score(logits: Tensor, splits: int = 1) -> InceptionScore:
 
 def _score(p: Tensor) -> Tensor:
     entropy = torch.special.entr(p)
-    return (torch.special.entr(p.mean(0)).sum() - entropy.sum(1).mean()).exp()
+    gain: Tensor = torch.special.entr(p.mean(0)).sum() - entropy.sum(1).mean()
+    return gain.exp()

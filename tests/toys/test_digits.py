@@ -247,6 +247,7 @@ def test_metrics_tell_what_is_wrong(evaluation: DigitsEvaluation, reference: Ten
     assert real["endpoint_rmse"] > 0.4
 
 
+@pytest.mark.filterwarnings("ignore:20 samples are too few for the covariance")
 def test_a_search_hands_the_teacher_the_noises_that_score_best() -> None:
     """By a student that is the teacher itself, so that its choices are the teacher's."""
     target, count = load_target("digits"), 20
