@@ -67,7 +67,8 @@ def python(code: str) -> str:
 
 def test_the_import_is_light() -> None:
     heavy = python(
-        "import sys, pitools; heavy = 'diffusers peft transformers matplotlib sklearn torchdiffeq'.split(); "
+        "import sys, pitools, pitools.metrics; "
+        "heavy = 'diffusers peft transformers matplotlib sklearn torchdiffeq torchmetrics'.split(); "
         "print([name for name in heavy if name in sys.modules])"
     )
     assert heavy == "[]"

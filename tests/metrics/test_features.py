@@ -1,16 +1,20 @@
 """Metrics on features against SciPy, closed forms and a plain loop."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.spatial
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import randn, random
 
-from pitools.metrics import class_diversity, frechet_distance
+from pitools.metrics import Moments, class_diversity, frechet_distance, pairwise_diversity
+
+few = pytest.mark.filterwarnings("ignore:.*too few for the covariance")
 
 
 def scipys(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -52,6 +56,7 @@ def test_frechet_distance_of_known_moments(seed: int, width: int) -> None:
     assert frechet_distance(x, y) == pytest.approx(float(known), rel=1e-9)
 
 
+@few
 def test_frechet_distance_of_two_points_each() -> None:
     # Covariances 2 aaᵀ and 2 bbᵀ of rank one: tr = 2‖a‖² + 2‖b‖² - 4|a·b|, and no mean.
     a, b = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([1.0, -1.0, 7.0])
@@ -59,6 +64,7 @@ def test_frechet_distance_of_two_points_each() -> None:
     assert frechet_distance(x, y) == pytest.approx(2 * 25 + 2 * 51 - 4 * 1)
 
 
+@few
 @pytest.mark.parametrize(("samples", "width"), [(2, 8), (5, 8), (8, 8), (50, 8)])
 def test_frechet_distance_at_any_rank(samples: int, width: int) -> None:
     g = random(samples)
@@ -85,6 +91,72 @@ def test_frechet_distance_is_float64_inside() -> None:
     assert frechet_distance(x, y) == pytest.approx(frechet_distance(x.double(), y.double()), rel=1e-14)
     half = x.bfloat16()
     assert frechet_distance(half, x) == frechet_distance(half.double(), x.double())
+
+
+@given(st.integers(0, 2**31), st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 6))
+def test_moments_of_parts_merge_into_those_of_the_whole(seed: int, sizes: list[int], width: int) -> None:
+    g = random(seed)
+    x = 100 * randn(g, width) + randn(g, sum(sizes), width) @ randn(g, width, width)
+    parts = [Moments.of(part) for part in x.split(sizes)]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merged(part)
+    scatter = (x - x.mean(0)).mT @ (x - x.mean(0))
+    scale = float(scatter.abs().max())
+    for moments in (Moments.of(x), merged):
+        assert moments.count == len(x)
+        torch.testing.assert_close(moments.mean, x.mean(0), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moments.root.mT @ moments.root, scatter, rtol=0, atol=1e-11 * (scale + 1))
+    assert parts[0].count == sizes[0]  # and nothing was merged in place
+
+
+@few
+@given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 41))
+def test_the_distance_of_merged_moments_is_that_of_the_sets(seed: int, samples: int, at: int) -> None:
+    g = random(seed)
+    x, y = randn(g, samples, 5), 0.5 + randn(g, 30, 5)
+    at = 1 + at % (samples - 1)
+    merged = Moments.of(x[at:]).merged(Moments.of(x[:at]))
+    distance = frechet_distance(x, y)
+    assert frechet_distance(merged, Moments.of(y)) == pytest.approx(distance, rel=1e-9)
+    assert frechet_distance(y, merged) == pytest.approx(distance, rel=1e-9)
+    assert 0 <= frechet_distance(merged, x) < 1e-24
+
+
+def test_a_shift_of_a_set_has_its_square_for_a_distance() -> None:
+    x = randn(random(0), 90, 4)
+    assert frechet_distance(x, x + torch.tensor([3.0, 0.0, -4.0, 0.0])) == pytest.approx(25, rel=1e-12)
+
+
+def test_no_more_samples_than_features_warn() -> None:
+    x = randn(random(0), 9, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(x, x.flip(1))
+        frechet_distance(Moments.of(x[:4]).merged(Moments.of(x[4:])), x)
+    for sets in ((x, x[:8]), (x[:8], x), (Moments.of(x), Moments.of(x[:8])), (x[:8], x[1:])):
+        with pytest.warns(UserWarning, match=r"8 samples are too few .* 8 features.*kernel_distance") as caught:
+            frechet_distance(*sets)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__  # the caller's line
+
+
+@given(st.integers(0, 2**31), st.integers(2, 30), st.integers(1, 4))
+def test_pairwise_diversity_is_scipys(seed: int, samples: int, width: int) -> None:
+    g = random(seed)
+    x = 10 + randn(g, samples, width)
+    known = float(scipy.spatial.distance.pdist(x.numpy()).mean())
+    assert pairwise_diversity(x) == pytest.approx(known, rel=1e-12)
+    assert pairwise_diversity(x.flip(0) @ rotation(g, width) + 7) == pytest.approx(known, rel=1e-9)
+    assert pairwise_diversity(x) == pytest.approx(class_diversity(x, torch.zeros(samples)), rel=1e-12)
+    assert pairwise_diversity(x[:1].expand(samples, -1)) == 0
+
+
+def test_pairwise_diversity_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = randn(random(0), 23, 3)
+    whole = pairwise_diversity(x)
+    monkeypatch.setattr("pitools.metrics.points.CHUNK", 23 * 5)
+    assert pairwise_diversity(x) == pytest.approx(whole, rel=1e-14)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))
@@ -122,6 +194,22 @@ def test_features_that_do_not_fit_are_refused() -> None:
             frechet_distance(torch.tensor([[0.0], [bad]]), torch.zeros(2, 1))
         with pytest.raises(ValueError, match="features must be finite, got 1 "):
             class_diversity(torch.tensor([[0.0], [bad]]), torch.tensor([0, 0]))
+        with pytest.raises(ValueError, match="features must be finite, got 1 "):
+            Moments.of(torch.tensor([[0.0], [bad]]))
+        with pytest.raises(ValueError, match="features must be finite, got 1 "):
+            pairwise_diversity(torch.tensor([[0.0], [bad]]))
+    with pytest.raises(ValueError, match="x must hold at least 2 samples, got 1"):
+        frechet_distance(Moments.of(x[:1]), x)
+    with pytest.raises(ValueError, match=r"\[S, F\] and \[R, F\], got \(4, 3\) and \(4, 2\)"):
+        frechet_distance(x, Moments.of(x[:, :2]))
+    with pytest.raises(ValueError, match="one width, got 3 and 2"):
+        Moments.of(x).merged(Moments.of(x[:, :2]))
+    with pytest.raises(ValueError, match=r"features must be features \[S, F\]"):
+        Moments.of(x[0])
+    with pytest.raises(ValueError, match="at least 1 samples"):
+        Moments.of(x[:0])
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        pairwise_diversity(x[:1])
     with pytest.raises(ValueError, match="features and labels"):
         class_diversity(x, torch.zeros(3))
     with pytest.raises(ValueError, match="class 7 only once"):
