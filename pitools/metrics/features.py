@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pitools.metrics.points import distances
+from pitools.metrics.points import CHUNK, EXACT
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,8 @@ def pairwise_diversity(features: Tensor) -> float:
     Raises `ValueError` for fewer than 2 samples, or features that are not finite.
     """
     features = finite_features("features", features)
-    total = sum(float(part.sum()) for _, part in distances(features, features))
+    parts = features.split(max(1, CHUNK // len(features)))
+    total = sum(float(torch.cdist(part, features, compute_mode=EXACT).sum()) for part in parts)
     return total / (len(features) * (len(features) - 1))
 
 

@@ -12,19 +12,21 @@ Precision and recall of a set against itself are 1, and coverage is: each point 
 is not: a point is inside its own ball, and on average inside k others, which makes 1 + 1/k without ties. Over draws of
 one distribution density is 1 on average, and it may exceed 1, where samples gather among the densest of the reference.
 
-Distances are exact, without the matrix product that is faster and rounds: a point would else fall out of its own ball.
-That takes S R F operations one after the other, of which a core does about 10⁹ a second.
+Distances are compared exactly: by a matrix product, which is fast and rounds, and once more, difference by difference,
+wherever its rounding could decide. Without that a point would fall out of its own ball. A core takes an hour or so for
+the precision and recall of 50,000 samples of 2048 features, and a twenty-fifth of that for 10,000.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pitools.metrics.features import check_one_width, finite_features
-from pitools.metrics.points import distances
+from pitools.metrics.points import CHUNK, EXACT
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ def precision_recall(x: Tensor, reference: Tensor, k: int = 3) -> PrecisionRecal
     x, reference = _sets(x, reference, k, k + 1)
     own, others = _radii(x, k), _radii(reference, k)
     real, reached = [], torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for rows, apart in distances(x, reference):
-        real.append((apart <= others).any(1))
-        reached |= (apart <= own[rows, None]).any(0)
+    for rows, about in _squares(x, reference):
+        real.append(about.within(others).any(1))
+        reached |= about.within(own[rows, None]).any(0)
     return PrecisionRecall(float(torch.cat(real).double().mean()), float(reached.double().mean()))
 
 
@@ -69,8 +71,8 @@ def density_coverage(x: Tensor, reference: Tensor, k: int = 5) -> DensityCoverag
     x, reference = _sets(x, reference, k, 1)
     radii = _radii(reference, k)
     inside, covered = 0, torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
-    for _, apart in distances(x, reference):
-        in_ball = apart <= radii
+    for _, about in _squares(x, reference):
+        in_ball = about.within(radii)
         inside += int(in_ball.sum())
         covered |= in_ball.any(0)
     return DensityCoverage(inside / (k * len(x)), float(covered.double().mean()))
@@ -87,7 +89,49 @@ def _sets(x: Tensor, reference: Tensor, k: int, least: int) -> list[Tensor]:
 def _radii(x: Tensor, k: int) -> Tensor:
     """`[S]`: from each point to the k-th nearest of the others."""
     found = []
-    for rows, apart in distances(x, x):
-        apart[:, rows].fill_diagonal_(torch.inf)
+    for rows, about in _squares(x, x):
+        about.squares[:, rows].fill_diagonal_(torch.inf)
+        bound = about.squares.kthvalue(k, dim=1, keepdim=True).values
+        near = about.squares <= bound + 2 * about.slack  # the k nearest are among these
+        apart = torch.full_like(about.squares, torch.inf).masked_scatter_(near, about.exact(near))
         found.append(apart.kthvalue(k, dim=1).values)
     return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """‖x - y‖² `[S, R]` of points `[S, F]` and `[R, F]`, to within slack."""
+
+    x: Tensor
+    y: Tensor
+    squares: Tensor
+    slack: float
+
+    def within(self, radii: Tensor) -> Tensor:
+        """`[S, R]`: whether ‖x - y‖ <= radii, which broadcast and are distances as `exact` has them."""
+        gap = self.squares - radii.square()
+        inside, close = gap <= 0, gap.abs() <= self.slack
+        return inside.masked_scatter_(close, self.exact(close) <= radii.expand_as(close)[close])
+
+    def exact(self, pairs: Tensor) -> Tensor:
+        """`[P]`: the distances of those pairs that are true in `[S, R]`; the same bits wherever two points meet."""
+        parts = (index.split(max(1, CHUNK // self.x.shape[1])) for index in pairs.nonzero(as_tuple=True))
+        found = [
+            torch.cdist(self.x[i, None], self.y[j, None], compute_mode=EXACT).flatten()
+            for i, j in zip(*parts, strict=True)
+        ]
+        return torch.cat(found)
+
+
+def _squares(x: Tensor, y: Tensor) -> Iterator[tuple[slice, _Squares]]:
+    """A slice of the rows of x at a time, so that not all pairs stand in memory at once."""
+    centre = y.mean(0)
+    a, b = x - centre, y - centre
+    a_squares, b_squares = a.square().sum(1), b.square().sum(1)
+    # Sums of F terms round by at most F epsilon/2 of (‖a‖ + ‖b‖)² <= 2 (‖a‖² + ‖b‖²), here as in the exact distance.
+    largest = float(a_squares.amax() + b_squares.amax())
+    slack = 4 * (x.shape[1] + 8) * torch.finfo(x.dtype).eps * largest
+    step = max(1, CHUNK // len(y))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        yield rows, _Squares(x[rows], y, a_squares[rows, None] + b_squares - 2 * a[rows] @ b.mT, slack)

@@ -9,7 +9,6 @@ spread               (E‖x - μ‖²/D)^½/σ over the samples within 4σ of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +16,7 @@ from torch import Tensor
 
 OFF_MODE_DEVIATIONS = 4.0
 EXACT = "donot_use_mm_for_euclid_dist"  # the faster product form loses small distances
-CHUNK = 2**24  # distances that stand in memory at once
-
-
-def distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """‖x - y‖ of all pairs of `[S, D]` and `[R, D]`, a slice of the rows of x at a time: `(rows, [rows, R])`.
-
-    Exact: a distance is the same bits in every chunk and either way round, and that of a point from itself is 0.
-    """
-    for rows in torch.arange(len(x)).split(max(1, CHUNK // len(y))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        yield part, torch.cdist(x[part], y, compute_mode=EXACT)
+CHUNK = 2**24  # numbers that stand in memory at once, where all pairs are too many
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 256, generator: torch.Generator | None = None) -> float:

@@ -155,7 +155,7 @@ def test_pairwise_diversity_is_scipys(seed: int, samples: int, width: int) -> No
 def test_pairwise_diversity_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = randn(random(0), 23, 3)
     whole = pairwise_diversity(x)
-    monkeypatch.setattr("pitools.metrics.points.CHUNK", 23 * 5)
+    monkeypatch.setattr("pitools.metrics.features.CHUNK", 23 * 5)
     assert pairwise_diversity(x) == pytest.approx(whole, rel=1e-14)
 
 

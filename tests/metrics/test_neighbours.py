@@ -14,13 +14,18 @@ from pitools.metrics import DensityCoverage, PrecisionRecall, density_coverage, 
 POINT = st.tuples(*[st.integers(-2, 2)] * 2)
 
 
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared, and so exact for integers."""
+    return float(((a - b) ** 2).sum())
+
+
 def radius(points: np.ndarray, i: int, k: int) -> float:
-    return sorted(math.dist(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
+    return sorted(apart(points[i], points[j]) for j in range(len(points)) if j != i)[k - 1]
 
 
 def inside(phi: np.ndarray, points: np.ndarray, k: int) -> list[bool]:
     """For each of `points`, whether `phi` is in its ball."""
-    return [math.dist(phi, points[i]) <= radius(points, i, k) for i in range(len(points))]
+    return [apart(phi, points[i]) <= radius(points, i, k) for i in range(len(points))]
 
 
 def loops(x: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float, float, float]:
@@ -34,6 +39,18 @@ def loops(x: np.ndarray, reference: np.ndarray, k: int) -> tuple[float, float, f
 def test_they_are_brute_force(seed: int, k: int, samples: int, references: int, width: int) -> None:
     g = random(seed)
     x, y = 0.3 + 1.2 * randn(g, samples, width), randn(g, references, width)
+    precision, recall, density, coverage = loops(x.numpy(), y.numpy(), k)
+    assert precision_recall(x, y, k) == PrecisionRecall(pytest.approx(precision), pytest.approx(recall))
+    assert density_coverage(x, y, k) == DensityCoverage(pytest.approx(density), pytest.approx(coverage))
+
+
+@given(st.integers(0, 2**31), st.sampled_from([0, 2**20, 2**26, 2**28, 2**40]), st.integers(1, 3))
+def test_rounding_decides_nothing(seed: int, gap: int, k: int) -> None:
+    # Two clusters so far apart that a product form, about any centre, has lost the distances in them, which are exact.
+    g = random(seed)
+    x, y = (torch.randint(-4, 5, (size, 4), generator=g).double() for size in (14, 12))
+    x[::2] += gap
+    y[::2] += gap
     precision, recall, density, coverage = loops(x.numpy(), y.numpy(), k)
     assert precision_recall(x, y, k) == PrecisionRecall(pytest.approx(precision), pytest.approx(recall))
     assert density_coverage(x, y, k) == DensityCoverage(pytest.approx(density), pytest.approx(coverage))
@@ -100,7 +117,7 @@ def test_order_motion_and_chunks_do_not_matter(seed: int, width: int) -> None:
     assert density_coverage(*moved) == spread
     assert precision_recall(y, x) == PrecisionRecall(quality.recall, quality.precision)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pitools.metrics.points.CHUNK", 100)
+        patch.setattr("pitools.metrics.neighbours.CHUNK", 100)
         assert precision_recall(x, y) == quality
         assert density_coverage(x, y) == spread
 
