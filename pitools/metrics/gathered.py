@@ -1,7 +1,8 @@
 """Features that come in batches, and what the metrics need of them all.
 
 Fréchet distances need moments only, of constant size; kernel distances, precision, recall, density, coverage and
-diversity need the features themselves, and Inception Scores the logits. 50,000 samples of 2048 features are 0.4 GB.
+diversity need the features themselves, and Inception Scores the logits. 50,000 samples of 2048 features are 0.4 GB, and
+their moments take a core some 15 seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pitools.metrics.features import Moments, finite_features
 
-BLOCK = 4  # widths of the samples that enter the moments at once: a QR of few rows costs as much as of one width
+BLOCK = 4  # samples enter the moments once there are so many times F: to merge few costs as much as F of them
 
 
 class FeatureSet:
@@ -34,8 +35,8 @@ class FeatureSet:
 
         Raises `ValueError` for features that are not finite, or a batch unlike those before; the set is then unchanged.
         """
-        finite_features("features", features, least=1)
         features = features.detach().to("cpu", copy=True)
+        finite_features("features", features, least=1)
         if self.count and features.shape[1] != self._width:
             raise ValueError(f"features must be {self._width} wide, as before, got {features.shape[1]}")
         if self.count and (logits is None) != (not self._logits):

@@ -2,9 +2,9 @@
 
 MMD² = E k(x, x') + E k(y, y') - 2 E k(x, y),    k(x, y) = (x·y/F + 1)³
 
-with each of the first two means over pairs of distinct samples, which makes the estimate unbiased at any size. Draws of
-one distribution thus give 0 on average, hence values below 0 as often as above. A set against itself gives
-no 0 either, but 2/S times the mean k of distinct samples less that of a sample and itself: it is no second draw.
+with each of the first two means over pairs of distinct samples, which makes the estimate unbiased at any size. Two
+draws of one distribution thus give 0 on average, and often less than 0. A set against itself does not give 0 but less,
+2/S times the mean k of distinct samples minus that of a sample and itself: it is no second draw.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def inception_score(logits: Tensor, splits: int = 1) -> InceptionScore:
     their logarithms, or more splits than samples.
     """
     if logits.ndim != 2 or logits.shape[1] < 2 or not len(logits):
-        raise ValueError(f"logits must be [S, classes], at least 1 and 2 of them, got {tuple(logits.shape)}")
+        raise ValueError(f"logits must be [S, classes], of a sample and two classes or more, got {tuple(logits.shape)}")
     if not 1 <= splits <= len(logits):
         raise ValueError(f"splits must lie in 1..{len(logits)}, the number of samples, got {splits}")
     logits = logits.detach().double()

@@ -73,6 +73,7 @@ def test_a_set_against_itself_is_not_0_as_documented(seed: int, samples: int) ->
     own = float(k.diagonal().mean())
     others = float((k.sum() - k.diagonal().sum()) / (samples * (samples - 1)))
     assert kernel_distance(x, x).mean == pytest.approx(2 / samples * (others - own), rel=1e-9, abs=1e-9)
+    assert kernel_distance(x, x).mean < 0
 
 
 def test_a_larger_shift_is_farther_and_one_distribution_is_0_within_its_error() -> None:
