@@ -28,7 +28,7 @@ from pitools.types import Conditions, Factorisation, Policy, Schedule, Student, 
 from toys.digits import load_classifier
 from toys.distill import Training, distill
 from toys.evaluation import Evaluation
-from toys.evidence import Check, Claim
+from toys.evidence import Check, Claim, Ratio
 from toys.flow_maps import FlowMapTraining, train
 from toys.jobs import default_calls, defaults_of, flow_map_training, start
 from toys.lab import Lab, OfFlowMap, OfPolicy, Source, untrained
@@ -132,9 +132,9 @@ class Bench:
 # π-Flow
 
 
-def gm_beats_dx(b: Bench) -> list[Check]:
+def gm_beats_dx(b: Bench) -> Sequence[Check]:
     """A GM policy beats a DX policy."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         for key in ("sliced_wasserstein", "endpoint_rmse"):
             values = [
@@ -142,14 +142,14 @@ def gm_beats_dx(b: Bench) -> list[Check]:
                 for seed in b.size.seeds
             ]
             checks.append(
-                Check(f"{target}: {WORDS[key]} of the best DX (N = 10, 20, 40) over that of GM, K = 8", values, 1)
+                Ratio(f"{target}: {WORDS[key]} of the best DX (N = 10, 20, 40) over that of GM, K = 8", values, 1)
             )
     return checks
 
 
-def dx_is_sensitive_to_its_size(b: Bench) -> list[Check]:
+def dx_is_sensitive_to_its_size(b: Bench) -> Sequence[Check]:
     """DX is sensitive to its number of grid points N, GM is not to its number of components K."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
 
         def spread(runs: Sequence[OfPolicy]) -> float:
@@ -170,9 +170,9 @@ def dx_is_sensitive_to_its_size(b: Bench) -> list[Check]:
     return checks
 
 
-def gm_withstands_a_push(b: Bench) -> list[Check]:
+def gm_withstands_a_push(b: Bench) -> Sequence[Check]:
     """GM is robust to perturbed states, and DX is not."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         evaluation = b.lab.evaluation(Source(target))
         for size in (0.1, 0.3):
@@ -184,7 +184,7 @@ def gm_withstands_a_push(b: Bench) -> list[Check]:
             says = (
                 f"{target}: error at the end after a push of {size:g} data widths half-way, DX (N = 10) over GM (K = 8)"
             )
-            checks.append(Check(says, values, 1))
+            checks.append(Ratio(says, values, 1))
     return checks
 
 
@@ -200,10 +200,10 @@ def _pushed(evaluation: Evaluation, student: ToyStudent, size: float) -> float:
     return endpoint_rmse(end, true)
 
 
-def dropout_helps(b: Bench) -> list[Check]:
+def dropout_helps(b: Bench) -> Sequence[Check]:
     """GM dropout helps."""
     return [
-        Check(
+        Ratio(
             f"{target}: {WORDS[key]} without GM dropout over that with a rate of 0.05 (K = 32)",
             b.over(key, partial(b.gm, target), partial(b.gm, target, dropout=0.05)),
             1,
@@ -235,9 +235,9 @@ class AtTemperature:
         return policy.tempered(self.temperature)
 
 
-def temperature_helps(b: Bench) -> list[Check]:
+def temperature_helps(b: Bench) -> Sequence[Check]:
     """A low temperature helps at 4 NFE, and hurts on the last step."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         evaluation = b.lab.evaluation(Source(target))
         errors: dict[str, list[float]] = {"none": [], "but the last": [], "all": []}
@@ -256,16 +256,16 @@ def temperature_helps(b: Bench) -> list[Check]:
         none, but_last, every = (errors[key] for key in errors)
         says = f"{target}, 4 NFE: RMSE"
         pairs = [one / two for one, two in zip(none, but_last, strict=True)]
-        checks.append(Check(f"{says} at T = 1 over that at T = 0.3 on all steps but the last", pairs, 1))
+        checks.append(Ratio(f"{says} at T = 1 over that at T = 0.3 on all steps but the last", pairs, 1))
         pairs = [one / two for one, two in zip(every, but_last, strict=True)]
-        checks.append(Check(f"{says} at T = 0.3 on all steps over that on all but the last", pairs, 1))
+        checks.append(Ratio(f"{says} at T = 0.3 on all steps over that on all but the last", pairs, 1))
     return checks
 
 
-def window_helps(b: Bench) -> list[Check]:
+def window_helps(b: Bench) -> Sequence[Check]:
     """The micro-window helps, DX most of all."""
     return [
-        Check(
+        Ratio(
             f"{target}: RMSE of {name} without the micro-window over that with it",
             b.over("endpoint_rmse", partial(make, window=0.0), make),
             1,
@@ -278,22 +278,22 @@ def window_helps(b: Bench) -> list[Check]:
     ]
 
 
-def on_policy_beats_cloning(b: Bench) -> list[Check]:
+def on_policy_beats_cloning(b: Bench) -> Sequence[Check]:
     """Training on the student's own trajectories beats training on the teacher's."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         for name, make in (("GM, K = 8", partial(b.gm, target, K=8)), ("DX, N = 10", partial(b.dx, target))):
             for key in ("sliced_wasserstein", "endpoint_rmse"):
                 values = b.over(key, partial(make, clone=True, step_size=1 / 32), make)
                 says = f"{target}, {name}: {WORDS[key]} on the teacher's trajectories over that on the student's own"
-                checks.append(Check(says, values, 1))
+                checks.append(Ratio(says, values, 1))
     return checks
 
 
 SUBSTEPS = (8, 16, 32, 64)
 
 
-def on_policy_errors_add_up(b: Bench) -> list[Check]:
+def on_policy_errors_add_up(b: Bench) -> Sequence[Check]:
     """On-policy, errors of n substeps add up as O(nε); those of cloning may grow as O(n²ε).
 
     ε is the RMS velocity error of a substep times its length, on the states that training saw: the student's own, or
@@ -340,13 +340,13 @@ def _slope(n: Sequence[float], values: Sequence[float]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def data_free_is_as_good(b: Bench) -> list[Check]:
+def data_free_is_as_good(b: Bench) -> Sequence[Check]:
     """Data-free and data-dependent training come to nearly the same.
 
     With as many answers of the teacher: four segments of each noise, or one of four times as many data points.
     """
     return [
-        Check(
+        Ratio(
             f"{target}, 4 NFE, GM, K = 8: {WORDS[key]} data-free over that from data",
             b.over(
                 key,
@@ -361,7 +361,7 @@ def data_free_is_as_good(b: Bench) -> list[Check]:
     ]
 
 
-def mismatch_hurts_who_reads_data(b: Bench) -> list[Check]:
+def mismatch_hurts_who_reads_data(b: Bench) -> Sequence[Check]:
     """Data that is not the teacher's own hurts training that reads it, and no other."""
     target, key = b.plane, "sliced_wasserstein"
     other = Source(target, blur=0.5)
@@ -371,17 +371,17 @@ def mismatch_hurts_who_reads_data(b: Bench) -> list[Check]:
         return replace(b.flow_map(target, seed, "meanflow"), source=source)
 
     return [
-        Check(
+        Ratio(
             f"{target}, π-ID from data, 4 NFE: SW with data blurred by 0.5 over that with the teacher's own",
             b.over(key, partial(read, other), partial(read, target)),
             1,
         ),
-        Check(
+        Ratio(
             f"{target}, MeanFlow: SW with data blurred by 0.5 over that with the teacher's own",
             b.over(key, partial(mean_flow, other), partial(mean_flow, Source(target))),
             1,
         ),
-        Check(
+        Ratio(
             f"{target}, 4 NFE: SW of π-ID without data over that with the blurred data",
             b.over(key, partial(b.gm, other, K=8, nfe=4), partial(read, other)),
             at_most=1,
@@ -389,23 +389,23 @@ def mismatch_hurts_who_reads_data(b: Bench) -> list[Check]:
     ]
 
 
-def mixing_helps_a_weak_teacher(b: Bench) -> list[Check]:
+def mixing_helps_a_weak_teacher(b: Bench) -> Sequence[Check]:
     """Trajectory mixing helps with a teacher that is weak off its path."""
     steps = b.size.plane[0]
-    checks = []
+    checks = list[Check]()
     for weak in (True, False):
         make = partial(b.gm, Source(b.plane, weak=weak), K=8, nfe=4, states=4)
         mixed = partial(make, teacher_ratio=1.0, decay_steps=2 * steps // 3)
         kind = "a teacher that is weak off its path" if weak else "the exact teacher"
         for key in ("endpoint_rmse", "sliced_wasserstein"):
             says = f"{b.plane}, 4 NFE, {kind}: {WORDS[key]} on-policy over that with trajectory mixing"
-            checks.append(Check(says, b.over(key, make, mixed), 1 if weak else None))
+            checks.append(Ratio(says, b.over(key, make, mixed), 1 if weak else None))
     return checks
 
 
-def diversity_survives(b: Bench) -> list[Check]:
+def diversity_survives(b: Bench) -> Sequence[Check]:
     """Diversity survives where distribution matching collapses."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         own = [b.metric(b.gm(target, seed), "diversity") for seed in b.size.seeds]
         matched = [b.metric(b.flow_map(target, seed, "dmd"), "diversity") for seed in b.size.seeds]
@@ -415,9 +415,9 @@ def diversity_survives(b: Bench) -> list[Check]:
     return checks
 
 
-def substeps_have_diminishing_returns(b: Bench) -> list[Check]:
+def substeps_have_diminishing_returns(b: Bench) -> Sequence[Check]:
     """More substeps help, with diminishing returns."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         evaluation, gains, late = b.lab.evaluation(Source(target)), [], []
         for seed in b.size.seeds:
@@ -435,14 +435,14 @@ def substeps_have_diminishing_returns(b: Bench) -> list[Check]:
             gains.append(errors[4] / errors[128])
             late.append(((errors[4] - errors[8]) - (errors[64] - errors[128])) / errors[128])
         says = f"{target}, GM, K = 32, 1 NFE: RMSE"
-        checks.append(Check(f"{says} with 4 substeps over that with 128", gains, 1))
+        checks.append(Ratio(f"{says} with 4 substeps over that with 128", gains, 1))
         checks.append(
             Check(f"{says}: what 8 gain on 4 less what 128 gain on 64, over the RMSE with 128", late, 0),
         )
     return checks
 
 
-def convergence_is_smooth(b: Bench) -> list[Check]:
+def convergence_is_smooth(b: Bench) -> Sequence[Check]:
     """Convergence is smooth."""
     rises: dict[str, list[float]] = {"pi-id": [], "dmd": []}
     for seed in b.size.seeds:
@@ -481,10 +481,10 @@ def _curve(b: Bench, run: OfPolicy | OfFlowMap) -> list[float]:
 # FreeFlow
 
 
-def prediction_and_correction_help_each_other(b: Bench) -> list[Check]:
+def prediction_and_correction_help_each_other(b: Bench) -> Sequence[Check]:
     """Prediction and correction together beat each alone."""
     return [
-        Check(
+        Ratio(
             f"{target}: SW of {name} over that of both",
             b.over(
                 "sliced_wasserstein",
@@ -498,22 +498,22 @@ def prediction_and_correction_help_each_other(b: Bench) -> list[Check]:
     ]
 
 
-def prediction_errors_accumulate(b: Bench) -> list[Check]:
+def prediction_errors_accumulate(b: Bench) -> Sequence[Check]:
     """Prediction's errors accumulate from noise to data."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         evaluation, values = b.lab.evaluation(Source(target)), []
         for seed in b.size.seeds:
             errors = evaluation.path_errors(b.lab.student(b.flow_map(target, seed, "prediction")), DELTAS)
             values.append(errors[-1] / errors[1])
-        checks.append(Check(f"{target}: prediction's relative error at δ = 1 over that at δ = ½", values, 1))
+        checks.append(Ratio(f"{target}: prediction's relative error at δ = 1 over that at δ = ½", values, 1))
     return checks
 
 
 ALPHAS = (0.3, 0.6, 1.5, 3.0)
 
 
-def alpha_hardly_matters(b: Bench) -> list[Check]:
+def alpha_hardly_matters(b: Bench) -> Sequence[Check]:
     """Both together are robust across α."""
     target, checks = b.plane, list[Check]()
     found = {
@@ -526,13 +526,13 @@ def alpha_hardly_matters(b: Bench) -> list[Check]:
     best = [min(values) for values in zip(*found.values(), strict=True)]
     alone = [b.metric(b.flow_map(target, seed, "dmd"), "sliced_wasserstein") for seed in b.size.seeds]
     ratios = [one / two for one, two in zip(worst, best, strict=True)]
-    checks.append(Check(f"{target}: worst SW over best, α = 0.3, 0.6, 1.5, 3", ratios, at_most=1.25))
+    checks.append(Ratio(f"{target}: worst SW over best, α = 0.3, 0.6, 1.5, 3", ratios, at_most=1.25))
     ratios = [one / two for one, two in zip(alone, worst, strict=True)]
-    checks.append(Check(f"{target}: SW of correction alone over the worst of them", ratios, 1))
+    checks.append(Ratio(f"{target}: SW of correction alone over the worst of them", ratios, 1))
     return checks
 
 
-def correction_makes_steps_and_solver_unimportant(b: Bench) -> list[Check]:
+def correction_makes_steps_and_solver_unimportant(b: Bench) -> Sequence[Check]:
     """With the correction, the number of steps N and the solver matter less."""
 
     def spread(method: str, seed: int) -> float:
@@ -549,11 +549,11 @@ def correction_makes_steps_and_solver_unimportant(b: Bench) -> list[Check]:
     return [Check(says, less, 0)]
 
 
-def high_noise_matters_to_the_correction(b: Bench) -> list[Check]:
+def high_noise_matters_to_the_correction(b: Bench) -> Sequence[Check]:
     """The correction needs high noise levels r."""
     high, low = (partial(b.flow_map, b.plane, method="dmd", r_mean=mean, r_std=1.6) for mean in (0.8, -0.4))
     says = f"{b.plane}, correction alone: SW with r from LogitNormal(-0.4, 1.6) over that from (0.8, 1.6)"
-    checks = [Check(says, b.over("sliced_wasserstein", low, high), 1)]
+    checks = [Ratio(says, b.over("sliced_wasserstein", low, high), 1)]
     for most in (0.6, 0.8):
 
         def up_to(seed: int, most: float) -> OfFlowMap:
@@ -561,7 +561,7 @@ def high_noise_matters_to_the_correction(b: Bench) -> list[Check]:
             return replace(run, training=_with(run.training, r=UpTo(most=most)))
 
         values = b.over("sliced_wasserstein", partial(up_to, most=most), partial(up_to, most=1.0))
-        checks.append(Check(f"{b.plane}, correction alone: SW with r uniform in [0, {most:g}] over [0, 1]", values, 1))
+        checks.append(Ratio(f"{b.plane}, correction alone: SW with r uniform in [0, {most:g}] over [0, 1]", values, 1))
     return checks
 
 
@@ -580,10 +580,10 @@ def _with(training: FlowMapTraining, **changes: object) -> FlowMapTraining:
     return replace(training, free_flow=replace(training.free_flow, **changes))  # type: ignore[arg-type]
 
 
-def strong_decay_helps_both_together(b: Bench) -> list[Check]:
+def strong_decay_helps_both_together(b: Bench) -> Sequence[Check]:
     """With both, a strong decay of large differences (k = 1) is better."""
     return [
-        Check(
+        Ratio(
             f"{target}: SW of both with k = 0 over that with k = 1",
             b.over(
                 "sliced_wasserstein",
@@ -596,7 +596,7 @@ def strong_decay_helps_both_together(b: Bench) -> list[Check]:
     ]
 
 
-def some_steps_start_at_the_noise(b: Bench) -> list[Check]:
+def some_steps_start_at_the_noise(b: Bench) -> Sequence[Check]:
     """Some predictions should start at δ = 0."""
 
     def never(target: str, seed: int) -> OfFlowMap:
@@ -606,7 +606,7 @@ def some_steps_start_at_the_noise(b: Bench) -> list[Check]:
         return replace(run, training=_with(run.training, prediction=prediction))
 
     return [
-        Check(
+        Ratio(
             f"{target}, prediction alone: SW with no δ set to 0 over that with 10%",
             b.over("sliced_wasserstein", partial(never, target), partial(b.flow_map, target, method="prediction")),
             1,
@@ -615,9 +615,9 @@ def some_steps_start_at_the_noise(b: Bench) -> list[Check]:
     ]
 
 
-def the_auxiliary_network_learns_faster(b: Bench) -> list[Check]:
+def the_auxiliary_network_learns_faster(b: Bench) -> Sequence[Check]:
     """The auxiliary network should learn faster than the student."""
-    checks = []
+    checks = list[Check]()
     for target in b.size.targets:
         rate = b.best[target]["dmd"].learning_rate
         slow, fast = (
@@ -625,16 +625,16 @@ def the_auxiliary_network_learns_faster(b: Bench) -> list[Check]:
             for each in (rate / 2, 5 / 3 * rate)
         )
         says = f"{target}, correction alone: SW with g at the student's rate over that at 10/3 of it"
-        checks.append(Check(says, b.over("sliced_wasserstein", slow, fast), 1))
+        checks.append(Ratio(says, b.over("sliced_wasserstein", slow, fast), 1))
     return checks
 
 
-def searched_noises_are_good_for_the_teacher(b: Bench) -> list[Check]:
+def searched_noises_are_good_for_the_teacher(b: Bench) -> Sequence[Check]:
     """Noises that a student finds best are good for its teacher, too.
 
     The score is the log-probability that a classifier gives the class asked for.
     """
-    checks = []
+    checks = list[Check]()
     evaluation, classifier = b.lab.evaluation(Source("digits")), load_classifier()
 
     def score(latents: Tensor, conditions: Conditions | None) -> Tensor:

@@ -27,7 +27,7 @@ Given = TypeVar("Given", contravariant=True)
 class Check:
     """A number for each seed, and where its mean should lie; with neither bound it is only told.
 
-    says: what the number is, in words that go on "mean (interval)".
+    says: what the number is.
     """
 
     says: str
@@ -37,21 +37,15 @@ class Check:
 
     @property
     def mean(self) -> float:
-        return mean(self.values) if all(map(math.isfinite, self.values)) else math.inf
+        return mean(self.values) if all(map(math.isfinite, self.values)) else sum(self.values)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Student's t, at 95%. The whole line for a single seed; a point where all values are one, as infinity is."""
-        if not all(map(math.isfinite, self.values)):
-            # Divergence is infinitely bad: in all seeds it is certain, in some it is anything from the least value.
-            least = min(self.values)
-            return least, math.inf
-        if len(self.values) < 2:
-            return -math.inf, math.inf
-        from scipy.stats import t
+        """Student's t at 95%; the whole line for a single seed.
 
-        half = float(t.ppf((1 + LEVEL) / 2, len(self.values) - 1)) * stdev(self.values) / math.sqrt(len(self.values))
-        return self.mean - half, self.mean + half
+        Where a training diverged, which is an infinite value, anything from the other values on.
+        """
+        return _interval(self.values)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -73,6 +67,23 @@ class Check:
         if self.at_least is not None:
             return f"≥ {self.at_least:g}"
         return "" if self.at_most is None else f"≤ {self.at_most:g}"
+
+
+class Ratio(Check):
+    """A positive number for each seed: its mean is the geometric one, and the interval that of its logarithm."""
+
+    @property
+    def mean(self) -> float:
+        return math.exp(Check("", self._logs).mean)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        low, high = _interval(self._logs)
+        return math.exp(low), math.exp(high)
+
+    @property
+    def _logs(self) -> list[float]:
+        return [math.log(value) if value > 0 else -math.inf if value == 0 else math.nan for value in self.values]
 
 
 @dataclass(frozen=True)
@@ -112,3 +123,15 @@ def shown(value: float) -> str:
     if not math.isfinite(value):
         return "∞" if value > 0 else "-∞"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2 or any(map(math.isnan, values)):
+        return -math.inf, math.inf
+    if not all(map(math.isfinite, values)):
+        low, high = min(values), max(values)
+        return (low, math.inf) if high == math.inf and low > -math.inf else (-math.inf, high)
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return mean(values) - half, mean(values) + half
