@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,24 +37,24 @@ def run(names: Sequence[str], quick: bool, out: Path, processes: int, console: C
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with (
         Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        get_context("spawn").Pool(processes, _begin) as pool,  # which is terminated at the end of this
     ):
         bar = progress.add_task("claims", total=len(asked))
-        waiting = [pool.submit(measure, name, quick, out / "students") for name in asked]
-        try:
-            for done in as_completed(waiting):
-                finding = done.result()
-                found[finding.name] = finding
-                progress.advance(bar)
-                progress.console.print(f"{finding.name}: {finding.verdict} ({finding.seconds:.0f} s)", highlight=False)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for finding in pool.imap_unordered(partial(measure, quick=quick, folder=out / "students"), asked):
+            found[finding.name] = finding
+            progress.advance(bar)
+            progress.console.print(f"{finding.name}: {finding.verdict} ({finding.seconds:.0f} s)", highlight=False)
     findings = [found[name] for name in asked]
     (out / "CLAIMS.md").write_text(markdown(findings, quick), encoding="utf-8")
     whole = [asdict(finding) | {"verdict": finding.verdict} for finding in findings]
     (out / "claims.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return findings
+
+
+def _begin() -> None:
+    """One thread a process; Ctrl-C is the first one's to hear."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def measure(name: str, quick: bool, folder: Path) -> Finding:
