@@ -3,6 +3,9 @@
 Time runs from t = 1 (noise) to t = 0 (data).
 """
 
+from pitools.expressiveness import InfeasibleError as InfeasibleError
+from pitools.expressiveness import Realisation as Realisation
+from pitools.expressiveness import mixture_through as mixture_through
 from pitools.mixture import GaussianMixture as GaussianMixture
 from pitools.objectives import Imitation as Imitation
 from pitools.objectives import imitation_loss as imitation_loss

@@ -13,8 +13,8 @@ import toys
 
 ROOT = Path(pitools.__file__).parent
 # From the top down: a room imports from the rooms above it, never from below.
-ROOMS = ["draws", "types", "path", "mixture", "solvers", "policies", "kernels", "rollout", "guidance", "objectives"]
-ROOMS += ["sampling", "metrics", "training", "bench", "cli"]
+ROOMS = ["draws", "types", "path", "mixture", "expressiveness", "solvers", "policies", "kernels", "rollout", "guidance"]
+ROOMS += ["objectives", "sampling", "metrics", "training", "bench", "cli"]
 FOREIGN = {
     "pitools": {"toys", "scale", "diffusers", "peft", "transformers", "matplotlib"},
     "toys": {"scale", "diffusers", "peft"},
@@ -68,7 +68,7 @@ def python(code: str) -> str:
 def test_the_import_is_light() -> None:
     heavy = python(
         "import sys, pitools, pitools.metrics; "
-        "heavy = 'diffusers peft transformers matplotlib sklearn torchdiffeq torchmetrics'.split(); "
+        "heavy = 'diffusers peft transformers matplotlib scipy sklearn torchdiffeq torchmetrics'.split(); "
         "print([name for name in heavy if name in sys.modules])"
     )
     assert heavy == "[]"
