@@ -11,7 +11,7 @@ N·C equations, linear in A. They are solved in four steps.
                    point would help. Each time's rows are scaled by its largest kernel, and Σ_k A_k K_n(μ_k) is held
                    above 1 in these units: a time without weight would agree with everything, in rounding only.
     Carathéodory   N·C equations and a normalisation need N·C + 1 points; more are left out one by one. (The paper
-                   counts N·C here, without the normalisation, which is one more equation.)
+                   counts N·C here, without the normalisation; the next step makes its count good.)
     Fenchel-Bunt   One of the N·C + 1 points moves to another. The weights that solve the equations follow, from all
                    positive to a pair of opposite sign; where the first of them is 0, N·C points are left.
     Gauss-Newton   Points and log-weights take out what rounding and the programme's tolerance have left.
@@ -36,8 +36,10 @@ RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Distances of the first candidates from m_n, in widths of the kernel at t_n."""
 FAR = tuple(2.0 ** (i / 2) for i in range(-10, 14))
 """Distances of those among which the duals choose."""
+SCALINGS = 5
+"""Most scales of the kernels that are tried."""
 ROUNDS = 20
-"""Most programmes that are solved."""
+"""Most programmes that are solved at each."""
 SOLVED = 1e-7
 """Violation below which a programme is solved."""
 NEGLIGIBLE = 1e-12
@@ -46,7 +48,7 @@ WAYS = 32
 """Most pairs of points between which one is moved."""
 STOPS, HALVINGS = 16, 48
 """Stops on the way at which the sign of the weights is looked at, and halvings of the one where it changes."""
-STEPS = 100
+STEPS = 40
 """Most Gauss-Newton steps; where few do not suffice, the velocities are rough."""
 RANK = 1e-11
 """Singular value, relative to the largest, below which a step leaves a direction alone."""
@@ -111,11 +113,19 @@ def mixture_through(x_t: Tensor, velocity: Tensor, t: Tensor, tolerance: float =
     """
     request = _Request.of(x_t, velocity, t)
     bound = request.x.numel()
-    atoms = _programme(request)
-    while len(atoms.points) > bound + 1:
-        atoms = _without_one(request, atoms)
-    atoms, residual = _polished(request, atoms)
-    if not residual <= tolerance:
+    axes = torch.eye(request.x.shape[1], dtype=torch.float64)
+    candidates = torch.cat([request.mean, _rays(request, axes, RADII)])
+    log_scale = request.log_kernels(candidates).amax(1)
+    for _ in range(SCALINGS):
+        atoms = _programme(request, candidates, log_scale)
+        while len(atoms.points) > bound + 1:
+            atoms = _without_one(request, atoms)
+        atoms, residual = _polished(request, atoms)
+        if residual <= tolerance:
+            break
+        # Rough velocities ask for points where the kernels of some times are small: those are the scale to work in.
+        log_scale = request.log_mass(atoms)
+    else:
         raise _infeasible(request, atoms)
     if len(atoms.points) > bound:
         for fewer in _along_curves(request, atoms):
@@ -226,11 +236,12 @@ class _Request:
         return missed / self.size
 
 
-def _programme(request: _Request) -> _Atoms:
-    """The vertex that violates the equations least, with new candidates for as long as they help."""
+def _programme(request: _Request, points: Tensor, log_scale: Tensor) -> _Atoms:
+    """The vertex that violates the equations least, with more points `[K, C]` for as long as they help.
+
+    log_scale: that of the kernels of each time `[N]`.
+    """
     axes = torch.eye(request.x.shape[1], dtype=torch.float64)
-    points = torch.cat([request.mean, _rays(request, axes, RADII)])
-    log_scale = request.log_kernels(points).amax(1)
     found, violation = _Atoms(request.mean, torch.zeros_like(request.t)), torch.inf
     for _ in range(ROUNDS):
         moments = request.moments(points, log_scale)
