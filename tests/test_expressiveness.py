@@ -146,9 +146,9 @@ def test_data_of_other_sizes_and_far_from_the_origin(scale: float, shift: float)
 
 @pytest.mark.parametrize("size", [2, 6])
 def test_even_rough_velocities_are_within_reach(size: int) -> None:
-    # No teacher is behind them: the theorem asks for none.
-    for seed in range(5):
-        path = replace(mixture_path(seed, 5, 2), u=size * randn(random(seed), 5, 2))
+    # No teacher is behind them: the theorem asks for none. Half of those of size 6 need a second scale of the kernels.
+    for seed in range(5, 10):
+        path = replace(mixture_path(seed, 6, 2), u=size * randn(random(seed), 6, 2))
         found = path.realised()
         assert found.reduced
         assert worst_error(found.mixture, path) < 1e-6
