@@ -58,7 +58,8 @@ def test_four_evaluations_are_better() -> None:
 
 def test_the_same_seed_gives_the_same_metrics() -> None:
     again, _ = toy("--seed", "0", "--policy", "gm")  # in another order, so that the cache does not answer
-    assert again == toy("--policy", "gm", "--seed", "0")[0]
+    first, _ = toy("--policy", "gm", "--seed", "0")
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in first]
 
 
 def test_the_papers_ranking_of_policies() -> None:
