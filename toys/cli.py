@@ -181,15 +181,18 @@ def claims(
     from toys.verdicts import run
 
     console, names = Console(), [] if only is None else [name.strip() for name in only.split(",")]
+    out = out / "quick" if quick else out
     try:
-        findings = run(names, quick, out / "quick" if quick else out, processes, console)
+        findings = run(names, quick, out, processes, console)
     except (OSError, ValueError) as error:
         raise _failed(error) from None
     except KeyboardInterrupt:
         typer.echo("Stopped. Run the same command again to go on.")
         raise typer.Exit(130) from None
     held = sum(finding.verdict == "holds" for finding in findings)
-    console.print(f"{held} of {len(findings)} claims hold here. Wrote {out}/.", highlight=False)
+    console.print(
+        f"{held} of {len(findings)} claims hold here. Wrote {out}/ (CLAIMS.md, claims.json).", highlight=False
+    )
 
 
 def accuracy(

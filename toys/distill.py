@@ -49,7 +49,7 @@ def distill(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train `student` in place for schedules of `nfes` steps, in turn; from data, for its own schedule alone.
+    """Train `student` in place for schedules of `nfes` steps, in turn.
 
     on_step: told the step (from 1) and its loss.  stopped: asked before each step whether to end early.
     Raises `DivergenceError` at the first loss or gradient that is not finite, before it reaches the weights.

@@ -16,11 +16,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Generic, Literal, TypeVar
+from typing import Any, Literal
 
 Verdict = Literal["holds", "does not hold", "inconclusive"]
 LEVEL = 0.95
-Given = TypeVar("Given", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -37,13 +36,14 @@ class Check:
 
     @property
     def mean(self) -> float:
-        return mean(self.values) if all(map(math.isfinite, self.values)) else sum(self.values)
+        return mean(self.values) if all(map(math.isfinite, self.values)) else sum(self.values)  # infinite, or NaN
 
     @property
     def interval(self) -> tuple[float, float]:
         """Student's t at 95%; the whole line for a single seed.
 
-        Where a training diverged, which is an infinite value, anything from the other values on.
+        A training that diverged is an infinite value: the interval of the others then has no end on that side. Where
+        all diverged, it is infinity itself.
         """
         return _interval(self.values)
 
@@ -87,13 +87,13 @@ class Ratio(Check):
 
 
 @dataclass(frozen=True)
-class Claim(Generic[Given]):
+class Claim:
     """name: a word or two.  source: paper and place.  measure: its checks; it says the claim in the first line of its
     docstring.  because: the reason found, where it does not hold here, or not for the paper's reason."""
 
     name: str
     source: str
-    measure: Callable[[Given], Sequence[Check]]
+    measure: Callable[[Any], Sequence[Check]]
     because: str = ""
 
     @property
@@ -117,9 +117,17 @@ class Finding:
             return "does not hold"
         return "holds" if verdicts and all(each == "holds" for each in verdicts) else "inconclusive"
 
+    @property
+    def held(self) -> str:
+        """How many of the checks that have bounds hold."""
+        verdicts = [check.verdict for check in self.checks if check.verdict is not None]
+        return f"{verdicts.count('holds')} of {len(verdicts)}"
+
 
 def shown(value: float) -> str:
     """Three digits that count."""
+    if math.isnan(value):
+        return "undefined"
     if not math.isfinite(value):
         return "∞" if value > 0 else "-∞"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -128,9 +136,13 @@ def shown(value: float) -> str:
 def _interval(values: Sequence[float]) -> tuple[float, float]:
     if len(values) < 2 or any(map(math.isnan, values)):
         return -math.inf, math.inf
-    if not all(map(math.isfinite, values)):
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < len(values):
         low, high = min(values), max(values)
-        return (low, math.inf) if high == math.inf and low > -math.inf else (-math.inf, high)
+        if low == high:
+            return low, high
+        own = _interval(finite)
+        return (-math.inf if low == -math.inf else own[0]), (math.inf if high == math.inf else own[1])
     from scipy.stats import t
 
     half = float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))

@@ -1,13 +1,14 @@
 """Students of the toys that many measurements share: each is trained once, and kept in a folder.
 
-A student's file is named by a hash of all that it depends on, so that a command that was stopped goes on where it was,
-and several processes may work in one folder.
+A student's file is named by a hash of its settings and of torch's version, so that a command that was stopped goes on
+where it was, and several processes may work in one folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pitools.metrics import sliced_wasserstein
 from pitools.path import align, as_time
 from pitools.policies import DXHead, GMHead, Head, PolynomialHead
 from pitools.training import DivergenceError, keyed_generator
@@ -29,6 +31,11 @@ from toys.network import ToyFlowMap, ToyStudent
 from toys.targets import Target, load_target
 
 HEADS: Mapping[str, Callable[[int], Head]] = {"gm": GMHead, "dx": DXHead, "polynomial": PolynomialHead}
+TO_TEACHER = "teacher_distance"
+"""The metric of `Lab.metrics` that is the sliced Wasserstein distance to the teacher's samples from the same noises."""
+ERRORS = (TO_TEACHER, "sliced_wasserstein", "energy_distance", "endpoint_rmse", "off_mode", "spread")
+CODE = 1
+"""Raised where a student of the same settings would come out differently."""
 ON_PATH = 4.0
 """Deviations of the nearest component's noised Gaussian within which a state is on the path of `Weak`."""
 
@@ -70,6 +77,10 @@ class Source:
     name: str
     weak: bool = False
     blur: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weak and self.blur:
+            raise ValueError("a source is either weak or blurred")
 
     def load(self) -> Target:
         """The target. `ValueError` for an unknown name."""
@@ -124,7 +135,10 @@ class Lab:
         return self._evaluations[source]
 
     def metrics(self, run: OfPolicy | OfFlowMap) -> dict[str, float]:
-        """A student's metrics in the evaluations that it was trained for; all infinite where its training diverged."""
+        """A student's, in the evaluations that it was trained for, and its distance to the teacher, `TO_TEACHER`.
+
+        Where its training diverged, errors are infinite, and rates and diversity 0.
+        """
         if run not in self._metrics:
             self._metrics[run] = self._measured(run)
         return self._metrics[run]
@@ -135,9 +149,13 @@ class Lab:
         reference = evaluation.teacher(schedule, nfe)
         try:
             student = self.student(run)
-            return evaluation.metrics(evaluation.student(student, nfe), reference)
+            points = evaluation.student(student, nfe)
         except DivergenceError:
-            return dict.fromkeys(evaluation.metrics(reference, reference), float("inf"))
+            names = (*evaluation.metrics(reference, reference), TO_TEACHER)
+            return {name: math.inf if name in ERRORS else 0.0 for name in names}
+        projections = keyed_generator(evaluation.seed, "projections")
+        apart = sliced_wasserstein(points.flatten(1), reference.flatten(1), generator=projections)
+        return {**evaluation.metrics(points, reference), TO_TEACHER: apart}
 
     def numbers(self, of: object, measure: Callable[[], Sequence[float]]) -> list[float]:
         """What `measure` answers, kept under the name that `repr(of)` gives it."""
@@ -209,7 +227,7 @@ def untrained(run: OfPolicy | OfFlowMap) -> ToyStudent | ToyFlowMap:
 
 
 def _name(of: object) -> str:
-    return hashlib.sha256(repr(of).encode()).hexdigest()[:20]
+    return hashlib.sha256(repr((CODE, torch.__version__, of)).encode()).hexdigest()[:20]
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from toys.claims import CLAIMS, FULL, QUICK, Bench
-from toys.evidence import Check, Finding, shown
+from toys.evidence import Check, Finding, Ratio, shown
 
 
 def run(names: Sequence[str], quick: bool, out: Path, processes: int, console: Console) -> list[Finding]:
@@ -44,11 +45,50 @@ def run(names: Sequence[str], quick: bool, out: Path, processes: int, console: C
             found[finding.name] = finding
             progress.advance(bar)
             progress.console.print(f"{finding.name}: {finding.verdict} ({finding.seconds:.0f} s)", highlight=False)
-    findings = [found[name] for name in asked]
+    # What was measured before, and not now, stays.
+    path = out / "claims.json"
+    told = {one["name"]: one for one in json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    told |= {name: _told(finding) for name, finding in found.items()}
+    path.write_text(json.dumps([told[name] for name in known if name in told], indent=1) + "\n", encoding="utf-8")
+    findings = [_read(told[name]) for name in known if name in told]
     (out / "CLAIMS.md").write_text(markdown(findings, quick), encoding="utf-8")
-    whole = [asdict(finding) | {"verdict": finding.verdict} for finding in findings]
-    (out / "claims.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    return findings
+    return [found[name] for name in asked]
+
+
+def _told(finding: Finding) -> dict[str, Any]:
+    """As JSON has it: infinity and NaN are words."""
+
+    def number(value: float) -> float | str:
+        return value if math.isfinite(value) else str(value)
+
+    def told(check: Check) -> dict[str, Any]:
+        return {
+            "says": check.says,
+            "ratio": isinstance(check, Ratio),
+            "values": list(map(number, check.values)),
+            "at_least": check.at_least,
+            "at_most": check.at_most,
+            "mean": number(check.mean),
+            "interval": list(map(number, check.interval)),
+            "verdict": check.verdict,
+        }
+
+    return {
+        "name": finding.name,
+        "verdict": finding.verdict,
+        "seconds": round(finding.seconds, 1),
+        "checks": list(map(told, finding.checks)),
+    }
+
+
+def _read(told: Mapping[str, Any]) -> Finding:
+    checks = [
+        (Ratio if one["ratio"] else Check)(
+            one["says"], list(map(float, one["values"])), one["at_least"], one["at_most"]
+        )
+        for one in told["checks"]
+    ]
+    return Finding(told["name"], checks, told["seconds"])
 
 
 def _begin() -> None:
@@ -71,6 +111,7 @@ def markdown(findings: Sequence[Finding], quick: bool) -> str:
     lines = [
         "# The papers' claims, measured here",
         "",
+        *(["**A quick run**: students are trained for seconds, and show that the command works.", ""] if quick else []),
         f"Made on {date.today():%d %B %Y} by `pitools claims{' --quick' if quick else ''}`, with seeds "
         f"{size.seeds[0]} to {size.seeds[-1]}, torch {version('torch')} and Python {platform.python_version()}.",
         "",
@@ -79,14 +120,12 @@ def markdown(findings: Sequence[Finding], quick: bool) -> str:
         "interval at 95%; a claim holds if every number's interval lies where it should, and does not hold if "
         "one lies wholly outside.",
         "",
-        "| claim | source | verdict |",
-        "| --- | --- | --- |",
+        "| claim | source | verdict | checks that hold |",
+        "| --- | --- | --- | ---: |",
     ]
-    if quick:
-        lines[4] = "**A quick run**: students are trained for seconds, and what they show is that the command works."
     for finding in findings:
         claim = claims[finding.name]
-        lines.append(f"| [{claim.says}](#{claim.name}) | {claim.source} | {finding.verdict} |")
+        lines.append(f"| [{claim.says}](#{claim.name}) | {claim.source} | {finding.verdict} | {finding.held} |")
     for finding in findings:
         claim = claims[finding.name]
         lines += ["", f"## {claim.name}", "", f"{claim.says} ({claim.source})", ""]
