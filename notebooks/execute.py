@@ -22,15 +22,13 @@ from nbformat import NotebookNode
 from PIL import Image
 
 HERE = Path(__file__).parent
-SECONDS = 300
-"""That one cell may take."""
 
 
 def execute(path: Path, folder: Path) -> NotebookNode:
     """The notebook with its outputs, run in `folder`. `CellExecutionError` shows the cell that failed."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=SECONDS, record_timing=False, resources=resources).execute()
+    NotebookClient(notebook, timeout=None, record_timing=False, resources=resources).execute()
     notebook.metadata.language_info = {"name": "python"}
     for cell in notebook.cells:
         if cell.cell_type == "code":
