@@ -1,11 +1,11 @@
 """Execute the notebooks and save them with their outputs, so that a reader sees the pictures before running anything.
 
     python notebooks/execute.py                                  all of them, in place, and their figures
-    python notebooks/execute.py 1-mixtures --out /tmp/elsewhere  one of them, and its figures, elsewhere
+    python notebooks/execute.py 1-mixtures --out elsewhere       one of them, and its figures, elsewhere
 
 A notebook writes its pictures to `figures/` in the folder that it runs in. What would differ from one run to the next
-and says nothing (timings, versions, warnings) is left out of what is saved, and pictures keep 64 colours, which makes
-them a third as large.
+and says nothing (timings, versions, warnings) is left out of what is saved, and pictures keep 256 colours, which makes
+them smaller.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def execute(path: Path, folder: Path) -> NotebookNode:
 
 
 def smaller(png: bytes) -> bytes:
-    """The same picture in 64 colours; one that has no more comes back as it is."""
+    """The same picture in 256 colours; one that has no more comes back as it is."""
     picture = Image.open(io.BytesIO(png))
     if picture.mode == "P":
         return png
     small = io.BytesIO()
-    few = picture.convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(small, "png", optimize=True)
     return small.getvalue()
 
