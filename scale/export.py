@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from pitools.training.distillation import all_members
 from pitools.training.errors import CheckpointError
 from pitools.training.flow_maps import MapMember, build_map, map_student
 from pitools.training.random import keyed_generator
-from pitools.training.recipe import Plan, plan
+from pitools.training.recipe import Plan, plan_of
 from pitools.training.students import Member, build_student
 from scale.adapted import ADAPTER, AdaptedPolicy
 from scale.backbone import TextToImage
@@ -148,11 +147,7 @@ def found_student(path: Path) -> tuple[Plan, Member | MapMember]:
     run = path if (path / "recipe.toml").is_file() else path.parent
     if not (run / "recipe.toml").is_file():
         raise ValueError(f"{path} is neither the folder of a run nor of one of its students: it has no recipe.toml")
-    try:
-        table = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{run / 'recipe.toml'} cannot be read: {error}") from error
-    planned = replace(plan(table, run.name), out=run)
+    planned = plan_of(run)
     there = all_members(planned)
     if run != path:
         there = [member for member in there if member.label == path.name]

@@ -240,6 +240,16 @@ def write_json(path: Path, value: JSON) -> None:
     _atomically(path, lambda temporary: _write_text(temporary, value))
 
 
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write a file, all or nothing, as `write_json`."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(contents)
+        _sync(temporary)
+
+    _atomically(path, write)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, all or nothing, as `write_json`; tensors as in `save`.
 
@@ -544,6 +554,15 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         ready[name] = plain
     return ready
+
+
+def check_writable(folder: Path) -> None:
+    """A `ValueError` where no folder can be, or none can be written; nothing is made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot be written: {there} is no folder; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: {there} allows no writing; name another")
 
 
 def _atomically(path: Path, write: Callable[[Path], None]) -> None:

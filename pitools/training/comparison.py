@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,14 +30,29 @@ from pitools.training.students import Member, build_student, members
 from pitools.training.teacher import load_trained
 from pitools.types import Student
 
+QUIET_SECONDS = 10
+"""Between two lines about the same samples."""
+
 
 @contextmanager
-def show_comparison(console: Console) -> Iterator[Callable[[str], OnChunk]]:
-    """Within it, shows for each title how many samples are drawn: as a bar, or a line for each chunk."""
+def show_comparison(console: Console, doing: str = "Comparing") -> Iterator[Callable[[str], OnChunk]]:
+    """Within it, shows for each title how many samples are done: as a bar, or now and then a line.
+
+    doing: what is done to them; "" where titles say so.
+    """
+    before = f"{doing}: " if doing else ""
     if not console.is_terminal:
 
         def lines(title: str) -> OnChunk:
-            return lambda done, total: tell(console, f"Comparing: {title}, {done}/{total} samples")
+            told = -math.inf
+
+            def line(done: int, total: int) -> None:
+                nonlocal told
+                if done == total or time.monotonic() - told >= QUIET_SECONDS:
+                    tell(console, f"{before}{title}, {done}/{total} samples")
+                    told = time.monotonic()
+
+            return line
 
         yield lines
         return
@@ -43,7 +60,7 @@ def show_comparison(console: Console) -> Iterator[Callable[[str], OnChunk]]:
     with Progress(*columns, console=console, transient=True) as progress:
 
         def bars(title: str) -> OnChunk:
-            task = progress.add_task(f"Comparing: {title}", total=None)
+            task = progress.add_task(f"{before}{title}", total=None)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         yield bars
@@ -60,7 +77,7 @@ class Contender:
     student: Callable[[Call], Student]
 
 
-def _contenders(plan: Plan, teacher_network: nn.Module) -> Iterator[Contender]:
+def contenders(plan: Plan, teacher_network: nn.Module) -> Iterator[Contender]:
     """Every student, a flow map once for each strength of guidance; not trained yet."""
     for member in members(plan):
         row, title = {"policy": member.name, "nfe": member.nfe}, f"{member.name}, {member.nfe} NFE"
@@ -75,6 +92,13 @@ def _contenders(plan: Plan, teacher_network: nn.Module) -> Iterator[Contender]:
                 row, title = {**row, "guidance": strength}, f"{title}, γ = {strength:g}"
             student_of = partial(map_student, plan, flow_map, strength=strength)
             yield Contender(row, title, network, flow_map.folder, student_of)
+
+
+def other_strengths(plan: Plan, teacher: Teacher) -> list[tuple[float, Teacher]]:
+    """The strengths of guidance, other than the teacher's own, of flow maps that are compared; the teacher at each."""
+    strengths = {each for flow_map in map_members(plan) for each in flow_map.strengths(plan) if each is not None}
+    others = sorted(strengths - {teacher.guidance.scale})
+    return [(each, replace(teacher, guidance=replace(teacher.guidance, scale=each))) for each in others]
 
 
 def _with_network(student: NetworkStudent, network: Call) -> NetworkStudent:
@@ -95,20 +119,16 @@ def compare(
     reference = evaluation.reference(1 / steps, 1.0, progress(title))
     samples = [(title, reference)]
     results: dict[str, Any] = {"teacher": _metrics(evaluation, title, reference, reference)}
-    strengths = {each for flow_map in map_members(plan) for each in flow_map.strengths(plan) if each is not None}
-    if others := sorted(strengths - {teacher.guidance.scale}):
-        results["teacher_with_guidance"] = []
-        for strength in others:
-            title = f"teacher, {steps} steps, γ = {strength:g}"
-            guided = replace(teacher, guidance=replace(teacher.guidance, scale=strength))
-            own = cast(Evaluation, plan.data.evaluation(guided, engine.device))
-            images = own.reference(1 / steps, 1.0, progress(title))
-            metrics = _metrics(evaluation, title, images, reference)
-            results["teacher_with_guidance"].append({"guidance": strength, **metrics})
-            samples.append((title, images))
+    for strength, guided in other_strengths(plan, teacher):
+        title = f"teacher, {steps} steps, γ = {strength:g}"
+        own = cast(Evaluation, plan.data.evaluation(guided, engine.device))
+        images = own.reference(1 / steps, 1.0, progress(title))
+        metrics = _metrics(evaluation, title, images, reference)
+        results.setdefault("teacher_with_guidance", []).append({"guidance": strength, **metrics})
+        samples.append((title, images))
     rows: list[dict[str, Any]] = []
     searched: list[dict[str, Any]] = []
-    for contender in _contenders(plan, teacher_network):
+    for contender in contenders(plan, teacher_network):
         load_trained(contender.network, contender.folder / "student.safetensors")
         network = contender.network.eval().to(engine.device)
         try:

@@ -76,6 +76,29 @@ class Data(Protocol):
 
 
 @runtime_checkable
+class Imaged(Protocol):
+    """Data whose latents are images themselves, `[C, H, W]` in [-1, 1]: what `pitools evaluate` takes runs of."""
+
+    @property
+    def features(self) -> str:
+        """The feature extractor that is for these images: see `pitools.evaluation`."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Noises that an evaluation starts from; a field of the dataclass."""
+        ...
+
+    def conditions(self, count: int) -> Conditions:
+        """Those of the first `count` noises, on the CPU."""
+        ...
+
+    def held_out(self) -> tuple[Tensor, Conditions]:
+        """Images `[R, C, H, W]` that nothing was trained on and their conditions, on the CPU."""
+        ...
+
+
+@runtime_checkable
 class Ordered(Protocol):
     """Data with an order of its own, such as one in which a step's samples are all of one size."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
@@ -296,6 +297,19 @@ def plan(table: Mapping[str, object], name: str, tiny: bool = False) -> Plan:
     precision = {"precision": recipe.engine.precision}
     teacher_hash = section_hash(source, architecture, teacher, training, precision)
     return Plan(recipe, data, backbone, out, resolved, teacher_hash)
+
+
+def plan_of(run: Path) -> Plan:
+    """The plan of a run that is there, from the recipe in its folder.
+
+    `ValueError` for a recipe that cannot be read, `RecipeError` for one that cannot be had.
+    """
+    path = run / "recipe.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return replace(plan(table, run.name), out=run)
 
 
 def shrunk(recipe: Recipe, backbone: Backbone) -> tuple[Recipe, Backbone]:

@@ -45,8 +45,8 @@ def trained_teacher(plan: Plan, network: nn.Module, engine: Engine, console: Con
     section = plan.recipe.teacher
     if section.training is None:
         return engine.place(frozen(network))
-    folder = plan.out.parent / "teachers" / plan.teacher_hash
-    path = folder / "teacher.safetensors"
+    path = teacher_weights(plan)
+    folder = path.parent
     waiting = partial(tell, console, f"Waiting for another run, which trains the teacher in {folder}")
     with ExitStack() as held:
         engine.on_main(lambda: held.enter_context(locked(folder, waiting)))
@@ -69,6 +69,11 @@ def trained_teacher(plan: Plan, network: nn.Module, engine: Engine, console: Con
             network = new_teacher(plan)
     load_trained(network, path)
     return frozen(network).to(engine.device)
+
+
+def teacher_weights(plan: Plan) -> Path:
+    """The file of a teacher that is trained, whether it is there or not."""
+    return plan.out.parent / "teachers" / plan.teacher_hash / "teacher.safetensors"
 
 
 def load_trained(network: nn.Module, path: Path) -> None:
