@@ -113,6 +113,118 @@ def distill(
 
 
 @app.command()
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET...",
+            help="Runs of `pitools distill`, students in them, or folders of images.",
+            show_default=False,
+        ),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="data (held out), teacher, a folder of images, or an .npz file with mu and sigma.  "
+            "[default: data, for runs]"
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What looks at the images: digits, inception:FILE, or MODULE:FUNCTION.  [default: the data's own]",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Images of each target.  [default: what a run's recipe says, all of a folder]", metavar="N"
+        ),
+    ] = None,
+    scorer: Annotated[
+        list[str] | None,
+        typer.Option(help="Also score images by their prompts: clip:MODEL, or MODULE:FUNCTION; may be repeated."),
+    ] = None,
+    patch: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Also compare crops of the middle of this side.")
+    ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Neighbours; by default 3 for precision and recall, 5 for density and coverage."),
+    ] = None,
+    subset: Annotated[
+        int, typer.Option(min=2, help="Images of each set, at most, for what compares every two of them.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of what is drawn for that. Samples have noises that no seed changes.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are looked at at once.")] = 64,
+    save_reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Keep mu and sigma of the reference, to be named with --reference."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU if there is one.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write.  [default: RUN/evaluation-REFERENCE, runs/evaluation-... for several]"),
+    ] = None,
+) -> None:
+    """Measure samples as publications do: a table, JSON, a picture of samples, and a page that compares them.
+
+    Fréchet and kernel distance (FID, KID), Inception Score, precision, recall, density, coverage and diversity, of
+    students drawn anew from fixed noises, or of folders of images.
+
+    Examples:
+
+        pitools evaluate runs/digits
+
+        pitools evaluate runs/digits runs/digits-freeflow --reference teacher
+
+        pitools sample runs/dit-gm-repa-k32 --label 207 --per-prompt 50 --out dogs
+
+        pitools evaluate dogs --reference imagenet/n02099601 --features inception:inception-2015-12-05.pt
+
+        pitools evaluate mine theirs --reference teacher-images --features inception:inception-2015-12-05.pt
+        --patch 299 --scorer clip:openai/clip-vit-large-patch14
+    """
+    import logging
+
+    import torch
+    from rich.console import Console
+
+    from pitools.evaluation.evaluate import Request
+    from pitools.evaluation.evaluate import evaluate as run
+    from pitools.training.errors import CheckpointError, DivergenceError
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `distill`
+    try:
+        if save_reference is not None and save_reference.suffix != ".npz":
+            raise ValueError(f"--save-reference {save_reference} must end in .npz")
+        request = Request(
+            targets,
+            torch.device(_device(device)),
+            reference,
+            features,
+            samples,
+            patch,
+            k,
+            batch,
+            subset,
+            seed,
+            scorer or [],
+            out,
+            save_reference,
+        )
+        run(request, Console())
+    except ValueError as error:  # a RecipeError, too
+        raise _failed(error, 2) from None
+    except (CheckpointError, DivergenceError, ImportError, OSError) as error:
+        raise _failed(error, 1) from None
+    except KeyboardInterrupt:
+        typer.echo("Stopped.", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto: the GPU if there is one.")] = "auto",
     only: Annotated[

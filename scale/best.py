@@ -5,26 +5,14 @@ Image i of all is drawn from the seeds s + N i ... s + N i + N - 1, where s is t
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-from PIL.Image import Image
-from torch import Tensor
 
+from pitools.evaluation.scorers import ImageScorer, scores_of
 from pitools.sampling import improves
-
-
-class ImageScorer(Protocol):
-    """What `--scorer MODULE:NAME` names; any function of this form is one."""
-
-    def __call__(self, images: list[Image], asked: list[Any]) -> Sequence[float] | Tensor:
-        """A number for each of the images, which show the prompts or labels `asked`: the higher, the better."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ def drawn(
         images = list(draw([torch.Generator().manual_seed(seed) for seed in seeds]))
         if search is None:
             return [Drawn(image, seed) for image, seed in zip(images, seeds, strict=True)]
-        found = _scores(search, images, asked)
+        found = scores_of(search.scorer, search.name, images, asked)
         better = improves(found, scores)
         scores = torch.where(better, found, scores)
         new = [Drawn(*row) for row in zip(images, seeds, found.tolist(), strict=True)]
@@ -80,37 +68,3 @@ def drawn(
         missing = int(scores.isnan().nonzero()[0])
         raise ValueError(f"the scorer {search.name} answers NaN to all {count} images of {asked[missing]!r}")
     return best
-
-
-def named_scorer(name: str) -> ImageScorer:
-    """The function that "MODULE:NAME" names, of a module that is installed or lies in the current folder.
-
-    `ValueError` for a module or a function that cannot be had.
-    """
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f'a scorer is named as "MODULE:FUNCTION", got {name!r}')
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's file does
-        raise ValueError(f"the scorer's module {module_name!r} cannot be imported: {error}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        instead = "" if found is None else f", but a value of type {type(found).__name__}"
-        raise ValueError(f"the scorer's module {module_name!r} has no function {attribute!r}{instead}")
-    return cast(ImageScorer, found)
-
-
-@torch.no_grad()
-def _scores(search: Search, images: list[Any], asked: Sequence[object]) -> Tensor:
-    answer = search.scorer(list(images), list(asked))
-    wanted = f"the scorer {search.name} must return a number for each of the {len(images)} images"
-    try:
-        scores = torch.as_tensor(answer, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{wanted}, got {answer!r:.80}") from error
-    if scores.shape != (len(images),):
-        raise ValueError(f"{wanted}, got numbers of shape {tuple(scores.shape)}")
-    return scores

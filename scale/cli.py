@@ -5,7 +5,6 @@ Loaded with every `pitools`: what is heavy is imported within a command.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,6 +79,7 @@ def cache(
     with _told("Stopped. Run the same command again to go on."):
         from rich.console import Console
 
+        from pitools.training.checkpoint import check_writable
         from pitools.training.config import find_recipe, override, read_recipe
         from pitools.training.recipe import plan
         from scale.backbone import DTYPES, TextToImage
@@ -105,7 +105,7 @@ def cache(
                 f"{recipe} trains from images: add {missing}; or train without, "
                 f"with --set students.{bound[0]}.objective.data_free=true"
             )
-        _check_writable(data.folder)
+        check_writable(data.folder)
         console, computing = Console(), _device(device)
         if isinstance(backbone, DiT):
             built = build_class_cache(
@@ -166,12 +166,13 @@ def export(
     with _told():
         from rich.console import Console
 
+        from pitools.training.checkpoint import check_writable
         from scale.backbone import DTYPES
         from scale.export import export as write
         from scale.export import found_student
 
         folder = run / "export" if out is None else out
-        _check_writable(folder)
+        check_writable(folder)
         write(run, folder, average=not last, merge=merge, dtype=DTYPES[dtype.value])
         Console().print(f"Wrote {folder}/", markup=False, highlight=False)
         trained = found_student(run)[0].recipe.backbone
@@ -201,7 +202,9 @@ def sample(
     ] = None,
     scorer: Annotated[
         str | None,
-        typer.Option(help="A function (images, prompts or labels) -> a score for each.", metavar="MODULE:FUNCTION"),
+        typer.Option(
+            help="A function (images, prompts or labels) -> a score for each, or clip:MODEL.", metavar="MODULE:FUNCTION"
+        ),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Embedded scale, or a flow map's strength; by default the trained one.")
@@ -242,7 +245,9 @@ def sample(
     with _told():
         from rich.console import Console
 
-        from scale.best import Search, named_scorer
+        from pitools.evaluation.scorers import load_scorer
+        from pitools.training.checkpoint import check_writable
+        from scale.best import Search
         from scale.classes import sample_classes
         from scale.data import check_size
         from scale.encoders import IMAGENET_VAE
@@ -250,7 +255,7 @@ def sample(
         from scale.sampling import classes_with, pipeline_with
 
         # Before a large base is loaded.
-        _check_writable(out)
+        check_writable(out)
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None:
                 check_size(name, pixels)
@@ -259,7 +264,9 @@ def sample(
             raise ValueError("give --prompt, or --label for a DiT, and not both")
         if (best_of is None) != (scorer is None):
             raise ValueError("--best-of N needs --scorer MODULE:FUNCTION to choose by, and the other way round")
-        search = None if best_of is None or scorer is None else Search(best_of, named_scorer(scorer), scorer)
+        search = None
+        if best_of is not None and scorer is not None:
+            search = Search(best_of, load_scorer(scorer, _device(device)), scorer)
         if label is not None:
             if any(value is not None for value in (height, width, base)):
                 raise ValueError("--height, --width and --base are for prompts; a DiT has its own size")
@@ -353,15 +360,6 @@ def _refuse(recipe: str, kind: str, options: Mapping[str, object], instead: str)
     for name, value in options.items():
         if value:
             raise ValueError(f"{recipe} {kind}, and takes no {name}; use {instead}")
-
-
-def _check_writable(folder: Path) -> None:
-    """A `ValueError` where no folder can be, or none can be written; nothing is made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"{folder} cannot be written: {there} is no folder; name another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder} cannot be written: {there} allows no writing; name another")
 
 
 def _device(name: str) -> str:

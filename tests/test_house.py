@@ -14,7 +14,7 @@ import toys
 ROOT = Path(pitools.__file__).parent
 # From the top down: a room imports from the rooms above it, never from below.
 ROOMS = ["draws", "types", "path", "mixture", "expressiveness", "solvers", "policies", "kernels", "rollout", "guidance"]
-ROOMS += ["objectives", "sampling", "metrics", "training", "bench", "cli"]
+ROOMS += ["objectives", "sampling", "metrics", "training", "evaluation", "bench", "cli"]
 FOREIGN = {
     "pitools": {"toys", "scale", "diffusers", "peft", "transformers", "matplotlib"},
     "toys": {"scale", "diffusers", "peft"},

@@ -111,6 +111,16 @@ class DigitsData:
         split = load_digits_split()
         return split.train_images[rows], {"class_labels": split.train_labels[rows]}
 
+    @property
+    def features(self) -> str:
+        """The extractor of these images: the classifier."""
+        return "digits"
+
+    def held_out(self) -> tuple[Tensor, Conditions]:
+        """The digits that nothing was trained on `[359, 1, 8, 8]` and their classes, on the CPU."""
+        split = load_digits_split()
+        return split.test_images, {"class_labels": split.test_labels}
+
     def conditions(self, count: int) -> Conditions:
         """`count` classes in turn, 0 to 9 and again, on the CPU."""
         return {"class_labels": torch.arange(count) % CLASSES}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from test_classes import pipe as classes_pipe
 from test_pipelines import PROMPTS, pipeline
 from torch import Tensor
 
-from scale.best import Search, drawn, named_scorer
+from scale.best import Search, drawn
 from scale.classes import PiDiTPipeline, sample_classes
 from scale.pipelines import sample_images
 
@@ -86,53 +85,6 @@ def test_scores_that_are_none_are_refused(answer: Any, got: str) -> None:
         ValueError, match=f"scorer taste:score must return a number for each of the 2 images, got {got}"
     ):
         drawn(draw, ["a", "b"], 0, search(2, answer))
-
-
-TASTE = """
-from statistics import mean
-
-def score(images, asked):
-    return [mean(image.convert("L").tobytes()) for image in images]
-
-limit = 3
-"""
-
-
-@pytest.fixture
-def taste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module in the current folder, which is not among Python's paths."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
-    Path("taste_of_test.py").write_text(TASTE)
-    Path("broken_of_test.py").write_text("import nowhere_at_all\n")
-    Path("wrong_of_test.py").write_text("def score(:\n")
-    monkeypatch.delitem(sys.modules, "taste_of_test", raising=False)
-    return "taste_of_test"
-
-
-def test_a_scorer_is_found_in_the_current_folder(taste: str) -> None:
-    scorer = named_scorer(f"{taste}:score")
-    scores = scorer([Image.new("RGB", (4, 4), colour) for colour in ("black", "white")], ["a", "b"])
-    assert list(scores) == [0, 255]
-    assert named_scorer("torch.nn.functional:relu") is torch.nn.functional.relu
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("taste_of_test", "a scorer is named as \"MODULE:FUNCTION\", got 'taste_of_test'"),
-        (":score", "a scorer is named as"),
-        ("taste_of_test:", "a scorer is named as"),
-        ("nowhere_of_test:score", "module 'nowhere_of_test' cannot be imported: No module named 'nowhere_of_test'"),
-        ("broken_of_test:score", "module 'broken_of_test' cannot be imported: No module named 'nowhere_at_all'"),
-        ("wrong_of_test:score", "module 'wrong_of_test' cannot be imported: invalid syntax"),
-        ("taste_of_test:scores", "module 'taste_of_test' has no function 'scores'"),
-        ("taste_of_test:limit", "module 'taste_of_test' has no function 'limit', but a value of type int"),
-    ],
-)
-def test_a_scorer_that_cannot_be_had_is_refused(name: str, message: str, taste: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        named_scorer(name)
 
 
 def brightness(images: list[Image.Image], asked: list[Any]) -> list[float]:

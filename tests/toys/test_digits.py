@@ -11,6 +11,7 @@ from mixtures import random
 from torch import Tensor
 
 from pitools import Schedule, draws, integrate, sample
+from pitools.evaluation.extractors import extracted, load_extractor
 from pitools.guidance import Conditioned
 from pitools.metrics import class_diversity, frechet_distance
 from pitools.policies import FlowMapStudent, GMHead
@@ -85,6 +86,9 @@ def test_the_data_section() -> None:
     for image, label, index in zip(images, conditions["class_labels"], indices, strict=True):
         assert torch.equal(image, split.train_images[index])
         assert label == split.train_labels[index]
+    held_out, own = data.held_out()
+    assert torch.equal(held_out, split.test_images)
+    assert torch.equal(own["class_labels"], split.test_labels)
     images.zero_()  # a batch is the caller's own
     assert split.train_images[3].abs().max() > 0
     with pytest.raises(FrozenInstanceError):
@@ -107,6 +111,20 @@ def test_the_classifier_knows_digits_that_it_has_not_seen() -> None:
     assert load_classifier() is classifier
     with pytest.raises(ValueError, match=r"images must be \[S, 1, 8, 8\], got \(4, 64\)"):
         classifier.features(torch.zeros(4, 64))
+
+
+def test_the_digits_network_answers_as_the_classifier() -> None:
+    digits, classifier, images = load_extractor("digits"), load_classifier(), load_digits_split().test_images[:20]
+    found = extracted(digits, "digits", images)
+    assert torch.equal(found.features, classifier.features(images))
+    assert found.logits is not None
+    torch.testing.assert_close(found.logits, classifier(images))
+    # Coloured, and of another size: pixels that are repeated and averaged again are the same ones.
+    large = images.repeat(1, 3, 1, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    same = extracted(digits, "digits", large)
+    torch.testing.assert_close(same.features, found.features)
+    with pytest.raises(ValueError, match="digits takes no argument, got 'x'"):
+        load_extractor("digits:x")
 
 
 def test_the_classifier_is_a_function_of_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
