@@ -324,7 +324,7 @@ def _wait_for_the_first() -> None:
 
 def _failed(error: Exception, code: int) -> typer.Exit:
     _wait_for_the_first()
-    typer.secho(f"Error: {error}", fg="red", err=True)
+    typer.secho(f"Error: {' '.join(str(error).split())}", fg="red", err=True)  # a library's are of several lines
     return typer.Exit(code)
 
 

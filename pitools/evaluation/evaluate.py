@@ -36,6 +36,12 @@ from pitools.training.log import tell
 
 OF_RUNS = ("data", "teacher")
 
+SHARED = (
+    "The teacher's images share their noises with the students': distances are less than to other samples of the "
+    "teacher, and the kernel distance lies below 0 where a student draws what the teacher draws."
+)
+"""What a reader must know of a teacher as reference."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -87,6 +93,8 @@ def evaluate(request: Request, console: Console) -> Path:
     )
     with _noted() as notes, show_comparison(console, "") as progress:
         references, rows = _measure(request, targets, reference, how, progress)
+    if reference == "teacher":
+        notes.append(SHARED)
     settings = {
         "reference": reference,
         "features": features,
@@ -137,7 +145,7 @@ def _measure(
             row, seen = shared
             references = [] if row is None else [row]
         else:
-            entry = target.reference(cast(Literal["data", "teacher"], name), drawing)
+            entry = cast(Run, target).reference(cast(Literal["data", "teacher"], name), drawing)
             row, seen = _seen(entry, own, measuring)
             references.append(row)
         if request.save_reference is not None and not rows:
@@ -177,6 +185,12 @@ def _reference_of(request: Request, targets: Sequence[Target]) -> str:
         if not runs:
             raise ValueError("a folder of images needs --reference: a folder, or a file with mu and sigma")
         return "data"
+    for target in targets:
+        if request.reference in OF_RUNS and isinstance(target, ImageFolder):
+            raise ValueError(
+                f"--reference {request.reference} is for runs, and {target.name} is a folder of images; name a folder "
+                "of other images, or a file with mu and sigma"
+            )
     if request.reference not in OF_RUNS and not Path(request.reference).exists():
         raise ValueError(f'--reference must be "data", "teacher", a folder or a file, and {request.reference} is none')
     return request.reference
@@ -208,8 +222,6 @@ def _check(request: Request, targets: Sequence[Target], reference: str, out: Pat
     """`ValueError` for what would otherwise be told late."""
     check_writable(out)
     for target in targets:
-        if reference in OF_RUNS and isinstance(target, ImageFolder):
-            target.reference(cast(Literal["data", "teacher"], reference), lambda title: lambda done, total: None)
         if request.scorers and not target.asks:
             raise ValueError(
                 f"--scorer {request.scorers[0]} scores images by what was asked for, and {target.name} does not tell: "

@@ -193,6 +193,12 @@ def compared(seen: Seen, reference: Seen, how: Measuring) -> dict[str, float]:
 
     `ValueError` for features of another width, and for sets too small for what is measured.
     """
+    widths = [len(one.moments.mean) for one in (seen, reference)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"features of {how.features} are {widths[0]} wide, and those of the reference {widths[1]}; name the "
+            "extractor that the reference was measured by"
+        )
     found = {"frechet": frechet_distance(seen.moments, reference.moments)}
     if seen.patches is not None and reference.patches is not None:
         found["patch_frechet"] = frechet_distance(seen.patches, reference.patches)

@@ -63,10 +63,6 @@ class Target(Protocol):
         """Whether the prompts or classes of its images are known."""
         ...
 
-    def reference(self, kind: Literal["data", "teacher"], progress: Progress) -> Entry:
-        """What it is compared with, if it has such a thing; `ValueError` otherwise."""
-        ...
-
     def entries(self, progress: Progress) -> Iterator[Entry]:
         """One set of images after the other."""
         ...
@@ -90,13 +86,6 @@ class ImageFolder:
     def asks(self) -> bool:
         """Whether its samples.json tells."""
         return self.folder.asked is not None
-
-    def reference(self, kind: Literal["data", "teacher"], progress: Progress) -> Entry:
-        """A folder knows of neither."""
-        raise ValueError(
-            f"--reference {kind} is for runs, and {self.name} is a folder of images; name a folder of {kind} images, "
-            "or a file with their mu and sigma"
-        )
 
     def entries(self, progress: Progress) -> Iterator[Entry]:
         """The folder itself."""
