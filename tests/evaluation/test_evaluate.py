@@ -371,5 +371,5 @@ def test_weights_of_another_recipe_are_refused(commands: Commands, runs: Path, t
     shutil.copytree(runs / "runs", tmp_path / "runs")
     path = tmp_path / "runs" / "tiny" / "gm-2nfe" / "student.safetensors"
     weights = load_file(path)
-    save_file({name: value for name, value in list(weights.items())[1:]}, path)
+    save_file(dict(list(weights.items())[1:]), path)
     assert "student.safetensors is damaged" in line_of(commands(["evaluate", "runs/tiny"], tmp_path), 1)
