@@ -39,7 +39,7 @@ def cache(
     ],
     prompts: Annotated[
         str | None,
-        typer.Option(help="A text file with a prompt in each line, JSON lines, parquet, or a Hugging Face dataset."),
+        typer.Option(help="A file (text, JSON, JSON lines, CSV, parquet) or a Hugging Face dataset of prompts."),
     ] = None,
     images: Annotated[bool, typer.Option("--images", help="Also encode the images that the list names.")] = False,
     images_from: Annotated[

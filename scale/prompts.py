@@ -2,6 +2,8 @@
 
     .txt       a prompt on each line; blank lines are skipped
     .jsonl     an object on each line (also .ndjson)
+    .json      a list of prompts, as each style of the HPSv2 benchmark has one
+    .csv       a table with a heading, such as OneIG-Bench's, whose prompts are the column prompt_en
     .parquet   a table; needs pyarrow
     org/name   a data set of the Hugging Face hub, its split "train"; needs datasets
     FOLDER     of class-labelled images: a subfolder for each class, as ImageNet's are
@@ -12,6 +14,7 @@ their subfolders' names, which for ImageNet's (n01440764, ...) is the numbering 
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import re
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -43,7 +46,7 @@ class Labelled:
 def read_records(source: str | Path, column: str = "prompt", image_column: str | None = None) -> list[Record]:
     """The prompts of a file or a data set of the hub, in its order, and with `image_column` their images.
 
-    column, image_column: where they stand in JSON lines, parquet and data sets.
+    column, image_column: where they stand in JSON lines, CSV, parquet and data sets.
     Raises `ValueError` for a file that is not there or not of its kind, a column that is not there (naming the
     nearest), a prompt that is not text, an image that is not there, and a list without prompts; `ImportError`,
     naming what to install, for parquet without pyarrow and the hub without datasets.
@@ -52,15 +55,20 @@ def read_records(source: str | Path, column: str = "prompt", image_column: str |
     columns = [column] if image_column is None else [column, image_column]
     if path.suffix not in SUFFIXES and not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         if image_column is not None:
-            raise ValueError(f"images come with JSON lines or parquet, not with the data set {source}; export it first")
+            raise ValueError(
+                f"images come with JSON lines, CSV or parquet, not with the data set {source}; export it first"
+            )
         rows = _hub(str(source), columns)
     elif not path.is_file():
         what = "is a folder; name a file in it" if path.is_dir() else "is no file, nor a data set such as org/name"
         raise ValueError(f"the prompt list {str(source)!r} {what}")
-    elif path.suffix == ".txt":
+    elif path.suffix in (".txt", ".json"):
         if image_column is not None:
-            raise ValueError(f"images come with JSON lines or parquet, and {source} is a text file")
-        rows = ((f"{path}, line {number}", {column: line}) for number, line in _lines(path))
+            raise ValueError(f"images come with JSON lines, CSV or parquet, and {source} has prompts alone")
+        listed = _lines(path) if path.suffix == ".txt" else _json_list(path)
+        rows = ((f"{path}, {'line' if path.suffix == '.txt' else 'prompt'} {n}", {column: one}) for n, one in listed)
+    elif path.suffix == ".csv":
+        rows = _csv(path, columns)
     elif path.suffix in (".jsonl", ".ndjson"):
         rows = _json_lines(path, columns)
     elif path.suffix == ".parquet":
@@ -138,6 +146,27 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Rows:
             raise ValueError(f'{where} must be an object such as {{"{columns[0]}": "..."}}, got {line[:40]}')
         _check_columns(where, columns, row)
         yield where, row
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, object]]:
+    """The entries of a list and their numbers from 1."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the prompt list {path} is not JSON: {error}") from None
+    if not isinstance(found, list):
+        raise ValueError(f'the prompt list {path} must be a list such as ["...", "..."], got a {type(found).__name__}')
+    yield from enumerate(found, start=1)
+
+
+def _csv(path: Path, columns: Sequence[str]) -> Rows:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file)
+            _check_columns(str(path), columns, table.fieldnames or [])
+            yield from ((f"{path}, row {number}", row) for number, row in enumerate(table, start=1))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"the prompt list {path} is not CSV: {error}") from None
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Rows:

@@ -4,20 +4,29 @@
     MODULE:FUNCTION    any function (images, prompts or labels) -> a number for each
 
 A package adds its own by the entry point `[project.entry-points."pitools.scorers"] NAME = "package.module:make"`, where
-`make(argument, device)` returns such a function. So one plugs in VQAScore,
+`make(argument, device)` returns such a function. Two that publications report, each with its own package installed:
 
-    def make(argument, device):
+    def vqascore(argument, device):        # t2v_metrics; takes files
         import t2v_metrics
         model = t2v_metrics.VQAScore(model=argument or "clip-flant5-xxl", device=str(device))
 
         def score(images, prompts):
             with tempfile.TemporaryDirectory() as folder:
-                ...  # it takes paths: save each image, ask for each pair
+                files = [f"{folder}/{number}.png" for number in range(len(images))]
+                for image, file in zip(images, files):
+                    image.save(file)
+                return [float(model(images=[file], texts=[text])) for file, text in zip(files, prompts)]
 
         return score
 
-or HPSv2.1, whose `hpsv2.score(image, prompt, hps_version="v2.1")` takes pictures as they are. The prompts that
-publications score on are read by `scale.prompts.read_records`.
+    def hpsv2(argument, device):           # hpsv2; takes pictures
+        import hpsv2
+        return lambda images, prompts: [
+            float(hpsv2.score(image, text, hps_version="v2.1")[0]) for image, text in zip(images, prompts)
+        ]
+
+Neither package is installed where this is tested. Prompts of their benchmarks, and of OneIG-Bench, are read by
+`scale.prompts.read_records`; OneIG-Bench's own protocol looks at folders of its own form, and runs beside this one.
 """
 
 from __future__ import annotations

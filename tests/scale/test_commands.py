@@ -120,7 +120,7 @@ REFUSED = {
     "is for prompts; name a list of them with --prompts": ["cache", "scale/qwen-datafree.toml"],
     "trains from images: add --images, and images in the list": ["cache", "scale/qwen.toml", "--prompts", "list.txt"],
     "the prompt list 'none.txt' is no file": ["cache", "scale/qwen-datafree.toml", "--prompts", "none.txt"],
-    "images come with JSON lines or parquet, and list.txt is a text file": [
+    "images come with JSON lines, CSV or parquet, and list.txt has prompts alone": [
         *("cache", "scale/qwen.toml", "--prompts", "list.txt", "--images"),
     ],
     "width must be a multiple of 16 pixels, got 1000": [*CACHE, "--set=data.width=1000"],

@@ -1,5 +1,6 @@
 """Prompt lists from every kind of file, and what is said of those that cannot be read."""
 
+import csv
 import importlib
 import json
 import sys
@@ -30,6 +31,20 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
 def test_json_lines(tmp_path: Path, column: str) -> None:
     path = json_lines(tmp_path / "p.jsonl", [{column: prompt, "other": 1} for prompt in PROMPTS])
     assert read_records(path, column) == RECORDS
+
+
+def test_a_list_of_the_hpsv2_benchmark(tmp_path: Path) -> None:
+    (tmp_path / "anime.json").write_text(json.dumps(PROMPTS, ensure_ascii=False), encoding="utf-8")
+    assert read_records(tmp_path / "anime.json") == RECORDS
+
+
+def test_the_table_of_oneig_bench(tmp_path: Path) -> None:
+    path = tmp_path / "OneIG-Bench.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.writer(file)
+        table.writerow(["category", "id", "prompt_en"])
+        table.writerows(["Portrait", f"{number:03d}", prompt] for number, prompt in enumerate(PROMPTS))
+    assert read_records(path, "prompt_en") == RECORDS
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -68,7 +83,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         read_records("someone/captions")
     with pytest.raises(ValueError, match="'someone/else' is no file, and no data set that can be loaded"):
         read_records("someone/else")
-    with pytest.raises(ValueError, match="images come with JSON lines or parquet"):
+    with pytest.raises(ValueError, match="images come with JSON lines, CSV or parquet, not with the data set"):
         read_records("someone/captions", "caption", "image")
 
 
@@ -101,7 +116,7 @@ def test_images_are_named_from_the_files_folder(tmp_path: Path, monkeypatch: pyt
         read_records(path, image_column="image")
     text = tmp_path / "p.txt"
     text.write_text("a fox")
-    with pytest.raises(ValueError, match=r"images come with JSON lines or parquet, and .* is a text file"):
+    with pytest.raises(ValueError, match=r"images come with JSON lines, CSV or parquet, and .* has prompts alone"):
         read_records(text, image_column="image")
 
 
@@ -115,7 +130,13 @@ def test_images_are_named_from_the_files_folder(tmp_path: Path, monkeypatch: pyt
         ("p.jsonl", '{"prompt": 3}\n', "line 1: prompt must be text, got 3"),
         ("p.jsonl", '{"prompt": "a"\n', "line 1 is not JSON"),
         ("p.jsonl", '"a"\n', "line 1 must be an object such as"),
-        ("p.csv", "prompt\na\n", "must end in one of .txt, .jsonl, .ndjson, .parquet"),
+        ("p.json", '{"prompt": "a"}', "must be a list such as .*, got a dict"),
+        ("p.json", '["a", 3]', "prompt 2: prompt must be text, got 3"),
+        ("p.json", '["a"', "is not JSON"),
+        ("p.csv", "prompt_en,id\na,1\n", "has no column 'prompt'; did you mean 'prompt_en'"),
+        ("p.csv", "", "has no column 'prompt'; it has none"),
+        ("p.csv", "id,prompt\n1\n", "row 1: prompt must be text, got None"),
+        ("p.tsv", "prompt\na\n", "must end in one of .txt, .jsonl, .ndjson, .json, .csv, .parquet"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, contents: str, message: str) -> None:
