@@ -92,7 +92,7 @@ def evaluate(request: Request, console: Console) -> Path:
         scorers={name: load_scorer(name, request.device) for name in request.scorers},
     )
     with _noted() as notes, show_comparison(console, "") as progress:
-        references, rows = _measure(request, targets, reference, how, progress)
+        rows = _measure(request, targets, reference, how, progress)
     if reference == "teacher":
         notes.append(SHARED)
     settings = {
@@ -100,7 +100,7 @@ def evaluate(request: Request, console: Console) -> Path:
         "features": features,
         "samples": request.samples,
         "patch": request.patch,
-        "neighbours": {"precision, recall": request.k or 3, "density, coverage": request.k or 5},
+        "neighbours": {"precision and recall": request.k or 3, "density and coverage": request.k or 5},
         "subset": request.subset,
         "seed": request.seed,
         "scorers": list(request.scorers),
@@ -109,12 +109,14 @@ def evaluate(request: Request, console: Console) -> Path:
     report = Report(
         settings,
         columns_of(features.startswith("inception:"), all(isinstance(target, Run) for target in targets), how.scorers),
-        references,
         rows,
         notes,
         time.perf_counter() - start,
     )
-    write_bytes(out / "samples.png", png(sheet([(_title(report, row), row.pictures) for row in _pictured(report)])))
+    write_bytes(
+        out / "samples.png",
+        png(sheet([(report.title(row), row.pictures) for _, group in report.groups for row in group])),
+    )
     write_bytes(out / "report.html", page(report).encode())
     write_json(out / "evaluation.json", as_json(report))  # last, so that a folder with it is complete
     for table in tables_of(report, console.width):
@@ -125,10 +127,7 @@ def evaluate(request: Request, console: Console) -> Path:
     return out
 
 
-def _measure(
-    request: Request, targets: Sequence[Target], name: str, how: Measuring, progress: Progress
-) -> tuple[list[Row], list[Row]]:
-    references: list[Row] = []
+def _measure(request: Request, targets: Sequence[Target], name: str, how: Measuring, progress: Progress) -> list[Row]:
     rows: list[Row] = []
 
     def drawing(title: str) -> OnChunk:
@@ -137,32 +136,34 @@ def _measure(
     def measuring(title: str) -> OnChunk:
         return progress(f"Measuring: {title}")
 
-    shared = None if name in OF_RUNS else _shared(name, how, measuring)
+    shared: tuple[Row | None, Seen] | None = None
+    if name not in OF_RUNS:
+        shared = _shared(name, how, measuring)
+        rows += [] if shared[0] is None else [shared[0]]
     for target in targets:
         own = replace(how, classes=isinstance(target, Run) and target.features == how.features)
-        entry = None
+        run, entry = target.name if isinstance(target, Run) else None, None
         if shared is not None:
-            row, seen = shared
-            references = [] if row is None else [row]
+            _, seen = shared
         else:
             entry = cast(Run, target).reference(cast(Literal["data", "teacher"], name), drawing)
             row, seen = _seen(entry, own, measuring)
-            references.append(row)
-        if request.save_reference is not None and not rows:
+            rows.append(replace(row, run=run))
+        if request.save_reference is not None and target is targets[0]:
             write_bytes(request.save_reference, statistics_file(seen.moments))
         for each in target.entries(drawing):
             if entry is not None and each.images is entry.images:
                 continue  # the reference itself
-            values = measured(each, seen, own, measuring)
-            rows.append(Row(each.source, each.title, len(each.images), values, thumbnails(each.images), each.known))
-    return references, rows
+            values, pictures = measured(each, seen, own, measuring), thumbnails(each.images)
+            rows.append(Row(each.source, each.title, len(each.images), values, pictures, run, known=each.known))
+    return rows
 
 
 def _seen(entry: Entry, how: Measuring, progress: Progress) -> tuple[Row, Seen]:
     seen, scored = see(entry, how, progress(f"{entry.source}, {entry.title}"))
     values = {**alone(entry, seen, how), **scored}
     title = f"{entry.title} (reference)"
-    return Row(entry.source, title, len(entry.images), values, thumbnails(entry.images), {"reference": True}), seen
+    return Row(entry.source, title, len(entry.images), values, thumbnails(entry.images), reference=True), seen
 
 
 def _shared(name: str, how: Measuring, progress: Progress) -> tuple[Row | None, Seen]:
@@ -233,18 +234,6 @@ def _check(request: Request, targets: Sequence[Target], reference: str, out: Pat
             raise ValueError(f"--out {out} lies among the images of {folder}; name another folder")
     if request.patch is not None and Path(reference).is_file():
         raise ValueError(f"--patch needs a reference of images, and {reference} has only the moments of whole ones")
-
-
-def _pictured(report: Report) -> list[Row]:
-    """References and rows, source by source."""
-    of_all = [row for row in report.references if row.source not in report.sources]
-    return of_all + [
-        row for source in report.sources for row in (*report.references, *report.rows) if row.source == source
-    ]
-
-
-def _title(report: Report, row: Row) -> str:
-    return f"{row.source}: {row.title}" if len(report.sources) > 1 and row.known else row.title
 
 
 @contextmanager

@@ -42,56 +42,39 @@ def _table(report: Report) -> str:
     shown = report.shown
     best = {key: report.best(key) for key in shown}
     head = "".join(f'<th scope="col">{escape(column.heading)}</th>' for column in shown.values())
-    lines = [f'<thead><tr><th scope="col">images of</th>{head}</tr></thead>', "<tbody>"]
+    lines = [f'<thead><tr><th scope="col"></th><th scope="col">images</th>{head}</tr></thead>', "<tbody>"]
 
-    def line(row: Row, kind: str) -> str:
-        cells = []
+    def line(row: Row) -> str:
+        cells = [f"<td>{row.count:,}</td>"]
         for key, column in shown.items():
             cell = escape(column.shown(row.values[key])) if key in row.values else "–"
             cells.append(f"<td><b>{cell}</b></td>" if row in best[key] else f"<td>{cell}</td>")
-        return f'<tr{kind}><th scope="row">{escape(row.title)}</th>{"".join(cells)}</tr>'
+        return f'<tr{_kind(row)}><th scope="row">{escape(row.title)}</th>{"".join(cells)}</tr>'
 
-    for heading, references, rows in _groups(report):
+    for heading, rows in report.groups:
         if heading:
-            span = f'<th scope="rowgroup" colspan="{len(shown) + 1}">'
+            span = f'<th scope="rowgroup" colspan="{len(shown) + 2}">'
             lines.append(f'<tr class="group">{span}{escape(heading)}</th></tr>')
-        lines += [line(row, ' class="reference"') for row in references]
-        lines += [line(row, "") for row in rows]
+        lines += map(line, rows)
     return "\n".join([*lines, "</tbody>"])
 
 
 def _sheets(report: Report) -> list[str]:
     lines: list[str] = []
-    for heading, references, rows in _groups(report):
+    for heading, rows in report.groups:
         lines += [f"<h3>{escape(heading)}</h3>"] if heading else []
-        lines.append('<div class="sheets">')
-        lines += [_figure(row, ' class="reference"') for row in references]
-        lines += [*(_figure(row, "") for row in rows), "</div>"]
+        lines += ['<div class="sheets">', *map(_figure, rows), "</div>"]
     return lines
 
 
-def _groups(report: Report) -> list[tuple[str, list[Row], list[Row]]]:
-    """Heading, references and rows of each run; folders, which are a row each, stand together."""
-    of_all = [row for row in report.references if row.source not in report.sources]
-    runs = [source for source in report.sources if any(row.known for row in report.rows if row.source == source)]
-    folders = [row for row in report.rows if row.source not in runs]
-    groups = [
-        (
-            run if len(report.sources) > 1 else "",
-            [row for row in report.references if row.source == run],
-            [row for row in report.rows if row.source == run],
-        )
-        for run in runs
-    ]
-    groups += [("folders" if runs else "", [], folders)] if folders else []
-    heading, references, rows = groups[0]
-    return [(heading, of_all + references, rows), *groups[1:]]
+def _kind(row: Row) -> str:
+    return ' class="reference"' if row.reference else ""
 
 
-def _figure(row: Row, kind: str) -> str:
+def _figure(row: Row) -> str:
     title = escape(row.title)
     alt = escape(f"images of {row.source}, {row.title}")
-    return f'<figure{kind}><figcaption>{title}</figcaption><img src="{_uri(row.pictures)}" alt="{alt}"></figure>'
+    return f'<figure{_kind(row)}><figcaption>{title}</figcaption><img src="{_uri(row.pictures)}" alt="{alt}"></figure>'
 
 
 def _uri(picture: Image) -> str:
@@ -109,4 +92,6 @@ def _pairs(pairs: dict[str, str]) -> str:
 
 
 def _said(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{each} for {key}" for key, each in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -21,28 +21,33 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A set of images that was measured: how many, what is known of it, its numbers by column, and its first images."""
+    """A set of images that was measured: how many, its numbers by column, and its first images.
+
+    run: the run that it is of, None for a folder.  reference: whether others were compared with it.  known: what else
+    JSON tells of it.
+    """
 
     source: str
     title: str
     count: int
     values: Mapping[str, float]
     pictures: Image
+    run: str | None = None
+    reference: bool = False
     known: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def competes(self) -> bool:
         """Whether it is among those of which the best are marked: what a student has been made of is not."""
-        return self.known.get("policy") != TEACHER
+        return not self.reference and self.known.get("policy") != TEACHER
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """references: what was compared with, one for each source or one for all.  notes: what a reader must know."""
+    """rows: references, of runs or one for all, among them.  notes: what a reader must know."""
 
     settings: Mapping[str, Any]
     columns: Mapping[str, Column]
-    references: Sequence[Row]
     rows: Sequence[Row]
     notes: Sequence[str] = ()
     seconds: float = 0.0
@@ -50,13 +55,25 @@ class Report:
     @property
     def shown(self) -> dict[str, Column]:
         """The columns of which there are numbers."""
-        there = {key for row in (*self.references, *self.rows) for key in row.values}
+        there = {key for row in self.rows for key in row.values}
         return {key: column for key, column in self.columns.items() if key in there}
 
     @property
     def sources(self) -> list[str]:
-        """The runs and folders, in order."""
-        return list(dict.fromkeys(row.source for row in self.rows))
+        """The runs and folders that were measured, in order."""
+        return list(dict.fromkeys(row.source for row in self.rows if not row.reference))
+
+    @property
+    def groups(self) -> list[tuple[str, list[Row]]]:
+        """The rows of each run, and those of all folders, below a heading; "" where there is only one of them."""
+        runs = list(dict.fromkeys(row.run for row in self.rows))
+        several = len(runs) > 1
+        found = [(run, [row for row in self.rows if row.run == run]) for run in runs]
+        return [((run or "folders") if several else "", rows) for run, rows in found]
+
+    def title(self, row: Row) -> str:
+        """A row's, with its run where there are several."""
+        return f"{row.run}: {row.title}" if row.run is not None and len(self.groups) > 1 else row.title
 
     def best(self, key: str) -> list[Row]:
         """The rows of the best value as it is shown, of at least two that compete; none where no value is better."""
@@ -81,8 +98,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
     return {
         "settings": dict(report.settings),
-        "references": [told(row) for row in report.references],
-        "rows": [told(row) for row in report.rows],
+        "references": [told(row) for row in report.rows if row.reference],
+        "rows": [told(row) for row in report.rows if not row.reference],
         "columns": {
             key: {"title": column.title, "better": column.better, "about": column.about}
             for key, column in report.shown.items()
@@ -95,11 +112,10 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def tables_of(report: Report, width: int) -> list[Table]:
     """For the console, as many below one another as are no wider than it; the best are bold."""
-    rows = [*report.references, *report.rows]
-    several = len(report.sources) > 1
-    titles = [f"{row.source}: {row.title}" if several and row.known else row.title for row in rows]
+    rows = [row for _, group in report.groups for row in group]
+    titles = [report.title(row) for row in rows]
     parts: list[list[str]] = [[]]
-    left = free = width - max(map(len, titles)) - 2
+    left = free = width - max(map(len, titles)) - len("images") - 4
     for key, column in report.shown.items():
         cells = [column.shown(row.values[key]) for row in rows if key in row.values]
         needed = max(map(len, [column.heading, *cells])) + 2
@@ -108,18 +124,20 @@ def tables_of(report: Report, width: int) -> list[Table]:
             left = free
         parts[-1].append(key)
         left -= needed
-    return [_part(report, rows, titles, keys) for keys in parts]
+    return [_part(report, rows, keys) for keys in parts]
 
 
-def _part(report: Report, rows: Sequence[Row], titles: Sequence[str], keys: Sequence[str]) -> Table:
+def _part(report: Report, rows: Sequence[Row], keys: Sequence[str]) -> Table:
     table = Table("", box=None, padding=(0, 2, 0, 0))
+    table.add_column("images", justify="right", no_wrap=True)
     for key in keys:
         table.add_column(escape(report.columns[key].heading), justify="right", no_wrap=True)
     best = {key: report.best(key) for key in keys}
-    for row, title in zip(rows, titles, strict=True):
+    for row in rows:
         cells = []
         for key in keys:
             cell = report.columns[key].shown(row.values[key]) if key in row.values else "-"
             cells.append(f"[bold]{cell}[/]" if row in best[key] else cell)
-        table.add_row(escape(title), *cells, style="dim" if row in report.references else None)
+        title = escape(report.title(row))
+        table.add_row(title, str(row.count), *cells, style="dim" if row.reference else None)
     return table

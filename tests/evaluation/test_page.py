@@ -23,8 +23,13 @@ from pitools.evaluation.sheets import GAP, SIDE, sheet, thumbnails
 STRIP = thumbnails(2 * rand(random(0), 4, 1, 8, 8) - 1)
 
 
-def row(source: str, title: str, policy: str | None = "gm", **values: float) -> Row:
-    return Row(source, title, 100, values, STRIP, {} if policy is None else {"policy": policy, "nfe": 1})
+def row(source: str, title: str, policy: str = "gm", **values: float) -> Row:
+    """Of a run."""
+    return Row(source, title, 1234, values, STRIP, source, known={"policy": policy, "nfe": 1})
+
+
+def reference(source: str, run: str | None, **values: float) -> Row:
+    return Row(source, f"{source} (reference)", 20, values, STRIP, run, reference=True)
 
 
 def report(**changes: object) -> Report:
@@ -33,8 +38,9 @@ def report(**changes: object) -> Report:
     own = Report(
         {"reference": "data", "features": "digits", "samples": None, "seed": 0},
         columns_of(False, True, ["clip:<model>"]),
-        [row(one, "held-out data (reference)", None, diversity=17.0), row(two, "held-out data (reference)", None)],
         [
+            reference("data", one, diversity=17.0),
+            reference("data", two),
             row(one, "teacher, 64 steps", "teacher", frechet=1.0, precision=0.99, diversity=1.0),
             row(one, "gm, 1 NFE", frechet=3.0004, precision=0.9501, diversity=2.0),
             row(two, "gm, 1 NFE", frechet=2.0, precision=0.9, diversity=3.0),
@@ -75,6 +81,7 @@ def printed(told: Report, width: int) -> str:
 def test_the_table_fits_the_console_and_loses_nothing(width: int) -> None:
     text = printed(report(), width)
     assert all(len(line) <= width for line in text.splitlines())
+    assert text.count("1234") >= 4
     assert "…" not in text
     for cell in ("FD ↓", "precision ↑", "diversity", "clip:<model> ↑", "3.000", "2.000", "95.0%", "17.000", "0.2500"):
         assert cell in text
@@ -83,9 +90,9 @@ def test_the_table_fits_the_console_and_loses_nothing(width: int) -> None:
 
 def test_the_json_has_every_number_as_it_is() -> None:
     told = json.loads(json.dumps(as_json(report())))
-    assert [line["source"] for line in told["references"]] == ["runs/digits", 'runs/<b>"two"</b> & γ']
+    assert [line["title"] for line in told["references"]] == ["data (reference)"] * 2
     assert told["rows"][1] == {
-        "source": "runs/digits", "title": "gm, 1 NFE", "policy": "gm", "nfe": 1, "images": 100,
+        "source": "runs/digits", "title": "gm, 1 NFE", "policy": "gm", "nfe": 1, "images": 1234,
         "frechet": 3.0004, "precision": 0.9501, "diversity": 2.0,
     }  # fmt: skip
     assert told["columns"]["precision"]["better"] == "higher"
@@ -141,18 +148,22 @@ def test_the_page_tells_what_the_report_does() -> None:
     assert all(COLUMNS[key].about in text for key in ("frechet", "precision", "diversity"))
     assert COLUMNS["recall"].about not in text
     assert elements.names.count("h3") == 2  # a heading for each run
-    alone = Elements(page(report(rows=report().rows[:2], references=[], notes=[])))
+    assert elements.cells["td"].count("1,234") == 4
+    alone = Elements(page(report(rows=report().rows[2:4], notes=[])))
     assert "h3" not in alone.names
     assert "b" not in alone.names  # one student has no better
 
 
 def test_a_folder_stands_beside_its_reference() -> None:
-    rows = [row("mine", "mine", None, frechet=2.0), row("their/s", "s", None, frechet=3.0)]
-    told = report(rows=rows, references=[row("coco", "coco (reference)", None, diversity=1.0)])
-    elements = Elements(page(told))
-    assert elements.cells["b"] == ["2.000"]
-    assert elements.names.count("img") == 3
-    assert "h3" not in elements.names
+    folders = [Row(name, name[-1], 9, {"frechet": value}, STRIP) for name, value in (("mine", 2.0), ("their/s", 3.0))]
+    for one in ("coco", "mine"):  # which may be measured against itself
+        elements = Elements(page(report(rows=[reference(one, None, diversity=1.0), *folders])))
+        assert elements.cells["b"] == ["2.000"]
+        assert elements.names.count("img") == 3
+        assert "h3" not in elements.names
+        assert "Evaluation of mine, their/s" in elements.cells["h1"]
+    beside = Elements(page(report(rows=[*report().rows[:1], *folders])))
+    assert beside.cells["h3"] == ["runs/digits", "folders"]
 
 
 def test_thumbnails_are_the_images() -> None:
