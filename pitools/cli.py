@@ -202,17 +202,17 @@ def evaluate(
         request = Request(
             targets,
             torch.device(_device(device)),
-            reference,
-            features,
-            samples,
-            patch,
-            k,
-            batch,
-            subset,
-            seed,
-            scorer or [],
-            out,
-            save_reference,
+            reference=reference,
+            features=features,
+            samples=samples,
+            patch=patch,
+            k=k,
+            batch=batch,
+            subset=subset,
+            seed=seed,
+            scorers=scorer or [],
+            out=out,
+            save_reference=save_reference,
         )
         run(request, Console())
     except ValueError as error:  # a RecipeError, too

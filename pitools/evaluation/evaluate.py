@@ -4,7 +4,7 @@
     OUT/samples.png        the first images of each set; those of one run from the same noises
     OUT/report.html        both, to look at and to send: one file
 
-Nothing is written before all is measured, and each file is there as a whole or not at all.
+None of them is written before all is measured, and each is there as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -113,10 +113,8 @@ def evaluate(request: Request, console: Console) -> Path:
         notes,
         time.perf_counter() - start,
     )
-    write_bytes(
-        out / "samples.png",
-        png(sheet([(report.title(row), row.pictures) for _, group in report.groups for row in group])),
-    )
+    pictures = [(report.title(row), row.pictures) for _, group in report.groups for row in group]
+    write_bytes(out / "samples.png", png(sheet(pictures)))
     write_bytes(out / "report.html", page(report).encode())
     write_json(out / "evaluation.json", as_json(report))  # last, so that a folder with it is complete
     for table in tables_of(report, console.width):
@@ -174,6 +172,8 @@ def _shared(name: str, how: Measuring, progress: Progress) -> tuple[Row | None, 
         return _seen(Entry(name, path.name, folder.images, folder.asked), how, progress)
     found = read_statistics(path)
     if found.images is None:
+        if how.patch is not None:
+            raise ValueError(f"--patch needs a reference of images, and {name} has only the moments of whole ones")
         assert found.moments is not None
         return None, Seen(found.moments)
     row, seen = _seen(Entry(name, path.name, found.images), how, progress)
@@ -232,8 +232,8 @@ def _check(request: Request, targets: Sequence[Target], reference: str, out: Pat
     for folder in (*folders, *([] if reference in OF_RUNS else [reference])):
         if out.resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(f"--out {out} lies among the images of {folder}; name another folder")
-    if request.patch is not None and Path(reference).is_file():
-        raise ValueError(f"--patch needs a reference of images, and {reference} has only the moments of whole ones")
+    if request.save_reference is not None and reference in OF_RUNS and len(targets) > 1:
+        raise ValueError(f"--save-reference keeps one reference, and each run has {reference} of its own; name one run")
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def _noted() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield notes
     for warning in caught:
-        if issubclass(warning.category, UserWarning) and "Fréchet" in str(warning.message):
+        if issubclass(warning.category, UserWarning) and Path(warning.filename).parent == Path(__file__).parent:
             notes += [str(warning.message)] if str(warning.message) not in notes else []
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -131,7 +131,7 @@ def to_pil(image: Tensor) -> Image:
     if image.ndim != 3 or len(image) not in (1, 3):
         raise ValueError(f"an image must be [1, H, W] or [3, H, W], got {tuple(image.shape)}")
     pixels = (image.detach().cpu().float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy(), "RGB")
+    return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def _scaled(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
