@@ -14,5 +14,6 @@ from pitools.policies.polynomial import PolynomialHead as PolynomialHead
 from pitools.policies.polynomial import PolynomialPolicy as PolynomialPolicy
 from pitools.policies.shortcut import ShortcutHead as ShortcutHead
 from pitools.policies.shortcut import ShortcutPolicy as ShortcutPolicy
+from pitools.policies.static import StaticNetwork as StaticNetwork
 from pitools.policies.student import NetworkStudent as NetworkStudent
 from pitools.policies.student import PolicyNetwork as PolicyNetwork
