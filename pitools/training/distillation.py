@@ -25,7 +25,7 @@ from pitools.guidance import Teacher
 from pitools.training.checkpoint import write_json
 from pitools.training.comparison import compare, last_loss, show_comparison, table_of
 from pitools.training.config import RecipeError, to_toml
-from pitools.training.data import Ordered
+from pitools.training.data import Data, Ordered
 from pitools.training.engine import Engine
 from pitools.training.errors import CheckpointError
 from pitools.training.flow_maps import MapMember, map_members, train_map
@@ -164,25 +164,37 @@ def check_engine(plan: Plan, engine: Engine) -> None:
 
 def check_data(plan: Plan) -> None:
     """`RecipeError` for data that the objectives or the backbone cannot be trained on."""
+    check_teacher_data(plan)
     recipe, data = plan.recipe, plan.data
-    backbone = recipe.backbone["name"]
-    if (made_for := getattr(data, "backbone", None)) not in (None, backbone):
-        raise RecipeError(f'[data] was encoded for the backbone "{made_for}", and [backbone] is "{backbone}"')
-    if recipe.teacher.training is not None and not getattr(data, "has_latents", True):
-        raise RecipeError("[data] has no images, and [teacher.training] needs them; name weights under [backbone]")
     bound = [name for name, section in recipe.students.items() if not section.objective.data_free]
     if bound and not getattr(data, "has_latents", True):
         raise RecipeError(
             f"[data] has no images, and [students.{bound[0]}.objective] starts from them; set its data_free to true, "
             "or encode images, too"
         )
+    if recipe.students:
+        _check_order(data, recipe.training.batch)
+
+
+def check_teacher_data(plan: Plan) -> None:
+    """`RecipeError` for data of another backbone, or that the teacher cannot be trained on."""
+    recipe, data = plan.recipe, plan.data
+    backbone = recipe.backbone["name"]
+    if (made_for := getattr(data, "backbone", None)) not in (None, backbone):
+        raise RecipeError(f'[data] was encoded for the backbone "{made_for}", and [backbone] is "{backbone}"')
+    if recipe.teacher.training is None:
+        return
+    if not getattr(data, "has_latents", True):
+        raise RecipeError("[data] has no images, and [teacher.training] needs them; name weights under [backbone]")
+    _check_order(data, recipe.teacher.training.batch)
+
+
+def _check_order(data: Data, batch: int) -> None:
     if isinstance(data, Ordered):
-        for training in (recipe.training if recipe.students else None, recipe.teacher.training):
-            if training is not None:
-                try:
-                    data.indices(0, 0, training.batch, [0])
-                except ValueError as error:
-                    raise RecipeError(f"[data] and [training]: {error}") from error
+        try:
+            data.indices(0, 0, batch, [0])
+        except ValueError as error:
+            raise RecipeError(f"[data] and [training]: {error}") from error
 
 
 def check_folder(plan: Plan) -> None:
