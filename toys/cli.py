@@ -89,9 +89,9 @@ def toy(
         raise typer.Exit(130)
 
 
-def _failed(error: Exception) -> typer.Exit:
+def _failed(error: Exception, code: int = 2) -> typer.Exit:
     typer.secho(f"Error: {error}", fg="red", err=True)
-    return typer.Exit(2)
+    return typer.Exit(code)
 
 
 def _integers(option: str, text: str) -> list[int]:
@@ -193,6 +193,90 @@ def claims(
     console.print(
         f"{held} of {len(findings)} claims hold here. Wrote {out}/ (CLAIMS.md, claims.json).", highlight=False
     )
+
+
+def factorisations(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Of the teacher, as of `pitools distill`: a TOML file, or one that is shipped.", show_default=False
+        ),
+    ],
+    assign: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change a key of the recipe: section.key=value; may be repeated.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A tiny random network and stub data, in seconds on a CPU.")
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of Adam; the paper takes 4000.  [default: 1000; with --tiny 4]", show_default=False),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Noises, each with a condition of the data and policies of its own.")
+    ] = 8,
+    components: Annotated[int, typer.Option(help="K of each mixture.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Adam's, brought to 0 along a cosine.")] = 0.03,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write, new or empty.  [default: the run's, -factorisations]", show_default=False),
+    ] = None,
+) -> None:
+    """Compare what one mixture of a GM policy covers: a pixel, a patch or a single element of a latent.
+
+    With no network: the numbers of the mixtures themselves are fitted by π-ID to a recipe's teacher, from one noise and
+    one condition each, over all of t. The teacher is the one that `pitools distill` has trained, and is trained where
+    there is none. The folder then holds a table, the loss curves, and what the teacher and each policy draw.
+    Ctrl-C stops the fitting early and keeps what is done.
+
+    Examples:
+
+        pitools factorisations toys/digits.toml
+
+        pitools factorisations toys/digits.toml --samples 16 --steps 4000 --set run.seed=1
+
+        pitools factorisations scale/flux-gm-4nfe.toml --samples 1 --steps 4000
+
+        pitools factorisations scale/qwen.toml --tiny
+    """
+    import logging
+
+    from rich.console import Console
+
+    from pitools.training.config import RecipeError, find_recipe, override, read_recipe
+    from pitools.training.errors import CheckpointError, DivergenceError, Stopped
+    from pitools.training.recipe import plan
+    from toys.experiment import free_folder
+    from toys.factorisations import Study, run
+
+    # On import it warns of a kernel that nothing but 4-bit inference on a CPU would use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    console = Console()
+    try:
+        table = override(read_recipe(find_recipe(recipe, ["toys", "scale"])), assign or [])
+        planned = plan(table, Path(recipe).stem, tiny)
+        folder = free_folder(out, planned.out.with_name(f"{planned.out.name}-factorisations"))
+        study = Study(steps if steps is not None else 4 if tiny else 1000, samples, components, learning_rate)
+    except ValueError as error:
+        raise _failed(error) from None
+    if tiny:
+        console.print("A tiny random network and stub data: nothing here is a result.", highlight=False)
+    try:
+        stopped = run(planned, study, folder, console)
+    except RecipeError as error:
+        raise _failed(error) from None
+    except (CheckpointError, DivergenceError, ImportError, OSError) as error:
+        raise _failed(error, 1) from None
+    except Stopped as stop:  # while the teacher was trained
+        console.print(f"{stop}, and saved. Run the same command again to go on.", highlight=False)
+        raise typer.Exit(128 + stop.signal) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if stopped is not None:
+        raise typer.Exit(128 + stopped)
 
 
 def accuracy(

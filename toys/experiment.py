@@ -111,6 +111,7 @@ class Experiment:
             raise ValueError(f"--nfe must be at least 1 and at most {MOST_NFE}, the teacher's own steps; got {nfes}")
         methods = tuple(dict.fromkeys(methods))
         of_policies = tuple(dict.fromkeys(policies)) if set(methods) & set(OF_POLICIES) else ()
+        others = (method for method in methods if method != "pi-id")
         experiment = cls(
             methods=methods,
             policies=tuple(dict.fromkeys(policies)),
@@ -124,7 +125,7 @@ class Experiment:
             samples=defaults.samples,
             seed=seed,
             device=_device(device),
-            out=_folder(out, "-".join(["toy", target, *(m for m in methods if m != "pi-id"), *of_policies])),
+            out=free_folder(out, Path("runs") / "-".join(["toy", target, *others, *of_policies])),
         )
         for name in (*experiment.policies, "gm", "dx"):  # the last two for their sizes, used or not
             experiment.head(name)
@@ -375,14 +376,14 @@ def _device(name: str) -> str:
     return name
 
 
-def _folder(out: Path | None, name: str) -> Path:
+def free_folder(out: Path | None, default: Path) -> Path:
     """A folder that loses nothing: the one asked for if it is new or empty, else the first free default."""
     if out is not None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"--out {out} exists and is not an empty folder; name another one")
         return out
-    path, number = Path("runs") / name, 1
+    path, number = default, 1
     while path.exists():
         number += 1
-        path = Path("runs") / f"{name}-{number}"
+        path = default.with_name(f"{default.name}-{number}")
     return path
