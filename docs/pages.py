@@ -116,7 +116,7 @@ def reference(module: griffe.Module, links: Mapping[str, str]) -> str:
         order = [path.rsplit(".", 1)[-1] for path in exported]
         for name in sorted(own, key=lambda name: (order.index(name) if name in order else len(order), name)):
             inner = module.modules[name]
-            parts += ["", f"## {inner.path}", "", *described(inner, links)]
+            parts += ["", f"## {inner.name}", "", *described(inner, links)]
     return "\n".join(parts) + "\n"
 
 

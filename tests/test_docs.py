@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,16 @@ def test_pages_are_touched_where_they_changed(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "c.md").read_text() == "2"
 
 
+@pytest.mark.parametrize("name", ["start", "extending"])
+def test_python_of_the_written_pages_runs(name: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / f"{name}.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        scope: dict[str, Any] = {}
+        exec(block, scope)
+        assert bool(scope["samples"].isfinite().all())
+
+
 @pytest.mark.slow
 def test_the_readmes_command_builds_a_site_that_needs_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("sphinx", reason='the documentation needs pip install -e ".[docs]"')
@@ -96,4 +107,6 @@ def test_the_readmes_command_builds_a_site_that_needs_nothing_else(tmp_path: Pat
     for name, path in built.items():
         text = path.read_text()
         assert not re.search(r'(?:src="|<link[^>]* href="|url\()(?:https?:)?//', text), f"{name} asks for something"
+        names, linked = (len(re.findall(f'{link}<code class="xref py py-obj', text)) for link in ("", "<a [^>]*>"))
+        assert names == linked, f"{name} has a name that leads nowhere"
     assert 'id="pitools.mixture.GaussianMixture.condition"' in built["generated/reference/mixture.html"].read_text()
