@@ -315,7 +315,7 @@ def table(title: str, told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         found.add_column(heading, justify="right")
     found.add_row("teacher", "", "", "", "0.0000", "1.000", "1.000")
     for row in rows:
-        shown = [f"{row['loss']:.4g}", f"{row['rmse']:.4f}", f"{row['contrast']:.3f}", f"{row['texture']:.3f}"]
+        shown = [f"{row['loss']:.1e}", f"{row['rmse']:.4f}", f"{row['contrast']:.3f}", f"{row['texture']:.3f}"]
         found.add_row(row["name"], str(row["factors"]), str(row["channels"]), *shown)
     return found
 
