@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -231,16 +232,16 @@ def compared(x: Tensor, teacher: Tensor) -> dict[str, list[float]]:
         "contrast": deviation(x) / deviation(teacher),
         "texture": roughness(x) / roughness(teacher),
     }
-    return {key: [float(f"{value:.6g}") for value in values] for key, values in found.items()}
+    return {key: _rounded(values.tolist()) for key, values in found.items()}
 
 
 def measure(static: Static, end: Tensor, teacher: Tensor) -> dict[str, Any]:
     """A row of factorisations.json: means over the noises, and each noise's own under "each"."""
     with torch.no_grad():
         loss = static.loss(MEASURED, "static loss", 0)
-    each = {"loss": [float(f"{value:.6g}") for value in loss.tolist()], **compared(end, teacher)}
+    each = {"loss": _rounded(loss.tolist()), **compared(end, teacher)}
     factors, channels = static.network.velocities.shape[1], static.network.velocities.shape[3]
-    means = {key: sum(values) / len(values) for key, values in each.items()}
+    means = dict(zip(each, _rounded([mean(values) for values in each.values()]), strict=True))
     return {"name": static.name, "factors": factors, "channels": channels, **means, "each": each}
 
 
@@ -304,7 +305,13 @@ def curve(losses: Sequence[float]) -> list[tuple[int, float]]:
     """(step, mean loss since the last point), at most `POINTS` of them."""
     size = -(-len(losses) // POINTS)
     parts = [losses[i : i + size] for i in range(0, len(losses), size)]
-    return [(min((i + 1) * size, len(losses)), float(f"{sum(p) / len(p):.6g}")) for i, p in enumerate(parts)]
+    ends = [min((i + 1) * size, len(losses)) for i in range(len(parts))]
+    return list(zip(ends, _rounded([mean(part) for part in parts]), strict=True))
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    """To six digits, as they are written."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def table(title: str, told: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Table:
