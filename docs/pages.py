@@ -171,6 +171,7 @@ def called(
         star = {kinds.var_positional: "*", kinds.var_keyword: "**"}.get(parameter.kind, "")
         annotation = f": {linked(parameter.annotation, links)}" if parameter.annotation is not None else ""
         default = f" = {parameter.default}" if parameter.default is not None and not star else ""
+        default = " = ..." if "lambda" in default else default
         texts.append(star + parameter.name + annotation + default)
     return re.sub(
         r"\s+", " ", f"{name}({', '.join(texts)})" + (f" -> {linked(returns, links)}" if returns is not None else "")
