@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pitools.policies import GMHead, NetworkStudent
 from pitools.sampling import sample
-from pitools.training import CheckpointError, checkpoint
+from pitools.training import CheckpointError, checkpoint, recipe
 from pitools.training.config import parse, to_toml
 from pitools.training.recipe import Plan, Recipe
 from pitools.training.students import build_student, members
@@ -108,7 +108,7 @@ class Run:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Run:
     name, students = getattr(request, "param", ("qwen", ("gm",)))
     made = Run(tmp_path / "run", BACKBONES[name], {student: STUDENTS[student] for student in students})
-    monkeypatch.setattr(module, "plan", made.planned)
+    monkeypatch.setattr(recipe, "plan", made.planned)
     return made
 
 
@@ -277,6 +277,6 @@ def test_weights_of_another_recipe_are_told(run: Run, tmp_path: Path) -> None:
 
 def test_a_dit_has_nothing_to_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Run(tmp_path / "run", DiT(), {"gm": STUDENTS["gm"]})
-    monkeypatch.setattr(module, "plan", made.planned)
+    monkeypatch.setattr(recipe, "plan", made.planned)
     with pytest.raises(ValueError, match=r"is a student on a DiT, trained whole: there is nothing to merge"):
         export(made.folder, tmp_path / "out", merge=True)
